@@ -1,0 +1,118 @@
+"""Knowledge distillation for Hugging Face models: a teacher in, a student out.
+
+Public names are imported when they are first used, so `import hfdistill` costs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+__version__ = "0.1.0.dev0"
+
+_NAMES = {
+    "trainer": ("DistillationTrainer",),
+    "arguments": ("DistillationTrainingArguments",),
+    "models.student": ("build_student", "copy_weights"),
+    "models.layer_map": ("LAYER_MAPS", "resolve_layer_map"),
+    "terms": ("Term",),
+    "objective": ("Objective", "build_objective"),
+    "losses": (
+        "LOSSES",
+        "TASK_LOSSES",
+        "AttentionKLLoss",
+        "AttentionMSELoss",
+        "AttentionScoreMSELoss",
+        "BinarySoftTargetsLoss",
+        "CosineLoss",
+        "EmbeddingMSELoss",
+        "HiddenMSELoss",
+        "LogitMSELoss",
+        "RegressionMSELoss",
+        "SoftTargetsLoss",
+        "TaskBinaryCrossEntropyLoss",
+        "TaskCrossEntropyLoss",
+        "TaskLoss",
+        "TaskSquaredErrorLoss",
+    ),
+    "losses.base": ("DistillationLoss", "LossValue"),
+    "signals": ("Signals",),
+    "capture": ("Capture",),
+    "teachers": ("CallableTeacher", "FrozenTeacher"),
+    "schedules": ("Schedule", "resolve_schedule"),
+    "data.stdlib_docs": ("load_stdlib_docs", "load_stdlib_docs_splits"),
+    "data.tokenizer": ("train_wordpiece",),
+    "metrics": ("agreement", "gap_closed", "glue_metric", "load_metric"),
+    "benchmark": ("measure_model",),
+    "report": ("plot_results", "results_table", "write_results"),
+    "cli": ("parse",),
+}
+_MODULE_OF = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
+__all__ = sorted(_MODULE_OF)
+
+if TYPE_CHECKING:  # the table above, for type checkers and editors; tests/test_house.py compares the two
+    from .arguments import DistillationTrainingArguments as DistillationTrainingArguments
+    from .benchmark import measure_model as measure_model
+    from .capture import Capture as Capture
+    from .cli import parse as parse
+    from .data.stdlib_docs import load_stdlib_docs as load_stdlib_docs
+    from .data.stdlib_docs import load_stdlib_docs_splits as load_stdlib_docs_splits
+    from .data.tokenizer import train_wordpiece as train_wordpiece
+    from .losses import LOSSES as LOSSES
+    from .losses import TASK_LOSSES as TASK_LOSSES
+    from .losses import AttentionKLLoss as AttentionKLLoss
+    from .losses import AttentionMSELoss as AttentionMSELoss
+    from .losses import AttentionScoreMSELoss as AttentionScoreMSELoss
+    from .losses import BinarySoftTargetsLoss as BinarySoftTargetsLoss
+    from .losses import CosineLoss as CosineLoss
+    from .losses import EmbeddingMSELoss as EmbeddingMSELoss
+    from .losses import HiddenMSELoss as HiddenMSELoss
+    from .losses import LogitMSELoss as LogitMSELoss
+    from .losses import RegressionMSELoss as RegressionMSELoss
+    from .losses import SoftTargetsLoss as SoftTargetsLoss
+    from .losses import TaskBinaryCrossEntropyLoss as TaskBinaryCrossEntropyLoss
+    from .losses import TaskCrossEntropyLoss as TaskCrossEntropyLoss
+    from .losses import TaskLoss as TaskLoss
+    from .losses import TaskSquaredErrorLoss as TaskSquaredErrorLoss
+    from .losses.base import DistillationLoss as DistillationLoss
+    from .losses.base import LossValue as LossValue
+    from .metrics import agreement as agreement
+    from .metrics import gap_closed as gap_closed
+    from .metrics import glue_metric as glue_metric
+    from .metrics import load_metric as load_metric
+    from .models.layer_map import LAYER_MAPS as LAYER_MAPS
+    from .models.layer_map import resolve_layer_map as resolve_layer_map
+    from .models.student import build_student as build_student
+    from .models.student import copy_weights as copy_weights
+    from .objective import Objective as Objective
+    from .objective import build_objective as build_objective
+    from .report import plot_results as plot_results
+    from .report import results_table as results_table
+    from .report import write_results as write_results
+    from .schedules import Schedule as Schedule
+    from .schedules import resolve_schedule as resolve_schedule
+    from .signals import Signals as Signals
+    from .teachers import CallableTeacher as CallableTeacher
+    from .teachers import FrozenTeacher as FrozenTeacher
+    from .terms import Term as Term
+    from .trainer import DistillationTrainer as DistillationTrainer
+
+
+def module_of(name: str) -> str:
+    """The dotted module that defines a public name, found without importing it."""
+    if name not in _MODULE_OF:
+        from .suggest import did_you_mean
+
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}.{did_you_mean(name, _MODULE_OF)}")
+    return _MODULE_OF[name]
+
+
+def __getattr__(name: str) -> Any:
+    value = getattr(import_module(module_of(name)), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,160 @@
+"""Every knob of distillation, beside those of `transformers.TrainingArguments`."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .schedules import Schedule, resolve_schedule
+from .suggest import did_you_mean
+
+
+WEIGHTS = (
+    "task_weight",
+    "kd_weight",
+    "logit_mse_weight",
+    "hidden_weight",
+    "embedding_weight",
+    "cosine_weight",
+    "attention_weight",
+)
+TEACHER_WEIGHTS = WEIGHTS[1:]
+SCHEDULED = (*WEIGHTS, "temperature")
+
+
+def _knob(default, text: str, **metadata):
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+@dataclass
+class DistillationTrainingArguments(TrainingArguments):
+    """Arguments of `DistillationTrainer`: `TrainingArguments` plus the objective and the teacher.
+
+    A weight of 0 turns a term off. Weights are used as given: they are not normalised to a sum of 1. The knobs below
+    build the usual terms; for anything else pass `objective`, a list of `Term` or of dicts with the same keys.
+
+    Raises:
+        ValueError: for weights that are negative, not finite or all zero, a temperature <= 0, unknown choices, schedules
+            with unknown names, and a `hub_token` (it would be stored in clear in `training_args.bin`, which is pushed).
+    """
+
+    task_weight: float = _knob(0.5, "Weight of the task loss on hard labels (cross entropy, BCE or MSE, by problem type).")
+    kd_weight: float = _knob(0.5, "Weight of the soft targets loss on the teacher's logits (T^2 KL; binary KL or MSE, by problem type).")
+    temperature: float = _knob(2.0, "Temperature of the soft targets, for student and teacher. The loss is multiplied by its square.")
+    logit_mse_weight: float = _knob(0.0, "Weight of the mean squared error between logits.")
+    hidden_weight: float = _knob(0.0, "Weight of the mean squared error between hidden states of mapped blocks.")
+    embedding_weight: float = _knob(0.0, "Weight of the mean squared error between embedding outputs.")
+    cosine_weight: float = _knob(0.0, "Weight of the cosine embedding loss between hidden states (DistilBERT: last block only).")
+    attention_weight: float = _knob(0.0, "Weight of the attention loss of mapped blocks.")
+    attention_loss: str = _knob(
+        "attention_score_mse",
+        "attention_score_mse (TinyBERT, before softmax), attention_kl or attention_mse (probabilities).",
+        choices=["attention_score_mse", "attention_kl", "attention_mse"],
+    )
+    attention_heads: str = _knob(
+        "equal", "'equal' requires as many heads in both models; 'mean' averages over heads first.", choices=["equal", "mean"]
+    )
+    layer_map: str = _knob(
+        "uniform",
+        "Which teacher block each student block learns from: uniform, spread, last, first, skip, random (drawn anew each step), "
+        "similar (by CKA on a calibration batch), original (as recorded by build_student), or pairs such as '0:1,1:3'. "
+        "Blocks count from 0; embeddings are not a block.",
+    )
+    cosine_layer_map: str = _knob("-1:-1", "Layer map of the cosine loss; the last block of both models by default.")
+    layer_reduction: str = _knob("mean", "'mean' or 'sum' over the mapped pairs of a term.", choices=["mean", "sum"])
+    adapter: str = _knob(
+        "auto", "Projection of the student's width to the teacher's: auto (linear where they differ), linear, mlp or none.",
+        choices=["auto", "linear", "mlp", "none"],
+    )
+    kd_positions: str = _knob(
+        "auto",
+        "Which positions of token models carry logit terms: all (real tokens), labelled (label != -100), or auto: all for masked "
+        "language models, labelled otherwise. Sequence models use every sample, labelled or not.",
+        choices=["auto", "all", "labelled"],
+    )
+    schedules: dict[str, Any] | str | None = _knob(
+        None,
+        "Schedules of weights and temperature over training, by name: {'kd_weight': {'type': 'linear', 'start': 1.0, 'end': 0.2, "
+        "'over': [0.0, 0.5]}}. Types: constant, linear, cosine, step. A missing start or end is the number given above.",
+    )
+    objective: list[dict] | str | None = _knob(
+        None, "The whole objective as a list of terms (loss, weight, layer_map, adapter, ...); replaces the weights above."
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = _knob(None, "Keyword arguments of from_pretrained for a teacher given by name.")
+    teacher_batch_size: int | None = _knob(None, "Rows per teacher forward pass. Default: the whole batch.")
+    teacher_dtype: str | None = _knob(
+        None, "What the teacher's weights are cast to: float32, bfloat16 or float16. Default: their own.",
+        choices=["float32", "bfloat16", "float16"],
+    )
+    teacher_device: str | None = _knob(None, "Device of the teacher. Default: that of the student.")
+    teacher_label_order: str = _knob(
+        "by_name", "'by_name' compares label names and permutes the teacher's logits; 'by_index' trusts the positions.",
+        choices=["by_name", "by_index"],
+    )
+    eval_with_teacher: bool = _knob(
+        False, "Run the teacher in evaluation too, so that eval_loss is the whole objective. Default: the student alone, its task loss."
+    )
+    calibration_samples: int = _knob(32, "Training samples used by layer_map='similar'.")
+    logging_nan_inf_filter: bool = _knob(
+        False, "Filter nan and inf losses for logging. Off here, unlike in TrainingArguments: it costs a host sync per micro-batch."
+    )
+
+    def __post_init__(self):
+        for name in ("schedules", "teacher_model_init_kwargs", "objective"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                try:
+                    setattr(self, name, json.loads(value))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{name} is no valid JSON ({error}): {value!r}. Write it as in {{\"key\": 1.0}}, or use a YAML file.") from None
+        self._check_numbers()
+        self._check_choices()
+        self.resolved_schedules()
+        if self.hub_token is not None:
+            raise ValueError(
+                "hub_token would be written in clear into training_args.bin, and that file is pushed. Leave it out: log in with "
+                "`hf auth login`, or set the HF_TOKEN environment variable."
+            )
+        super().__post_init__()
+
+    def _check_numbers(self) -> None:
+        for name in WEIGHTS:
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+                raise ValueError(
+                    f"{name} must be a finite number >= 0, got {value!r}: a negative weight would push the student away from the teacher. "
+                    "Use 0 to turn the term off."
+                )
+        if not isinstance(self.temperature, (int, float)) or not math.isfinite(self.temperature) or self.temperature <= 0:
+            raise ValueError(
+                f"temperature must be a finite number > 0, got {self.temperature!r}: logits are divided by it. Use 1 (plain KL) to 8; 2 is usual."
+            )
+        if self.objective is not None and not self.objective:
+            raise ValueError("objective is an empty list: there is nothing to train. Give at least one term, or leave objective out.")
+        if self.objective is None and not any(getattr(self, name) > 0 or name in (self.schedules or {}) for name in WEIGHTS):
+            raise ValueError(
+                "All weights are zero, so the loss is 0 and nothing would be learnt. Set at least one of " + ", ".join(WEIGHTS) + "."
+            )
+        for name in ("teacher_batch_size", "calibration_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+
+    def _check_choices(self) -> None:
+        for name, knob in type(self).__dataclass_fields__.items():
+            choices, value = knob.metadata.get("choices"), getattr(self, name)
+            if choices and name in DistillationTrainingArguments.__annotations__ and value is not None and value not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {value!r}.{did_you_mean(value, choices)}")
+
+    def resolved_schedules(self) -> dict[str, Schedule]:
+        """Weight and temperature schedules by name; the numbers in the arguments themselves are never changed."""
+        resolved = {}
+        for name, value in (self.schedules or {}).items():
+            if name not in SCHEDULED:
+                raise ValueError(f"schedules has no place for {name!r}.{did_you_mean(name, SCHEDULED)} Known: {', '.join(SCHEDULED)}.")
+            resolved[name] = resolve_schedule(value, default=getattr(self, name))
+        return resolved

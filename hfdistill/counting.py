@@ -1,0 +1,142 @@
+"""How many rows of each kind a batch holds, so that a term can be divided by the count of the whole accumulation window.
+
+A mean per micro-batch makes the gradient depend on how the batch was cut. Here each term keeps its sum, and the counts of
+all micro-batches and all ranks are known before the first forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .signals import Signals
+
+
+class Unit(NamedTuple):
+    """A kind of row.
+
+    kind: `samples` (rows of the batch), `labels` (targets that are not missing), `tokens` (real tokens),
+    `next_tokens` (real tokens that have a predecessor: the targets of a causal model) or `pairs` (query-key pairs).
+    """
+
+    kind: str
+    causal: bool = False
+    window: int | None = None
+
+    def intersect(self, other: Unit) -> Unit:
+        """Pairs that both attention patterns allow."""
+        windows = [w for w in (self.window, other.window) if w is not None]
+        return Unit("pairs", self.causal or other.causal, min(windows, default=None))
+
+
+def labels_of(batch: Mapping) -> Tensor | None:
+    for name in ("labels", "label", "label_ids"):
+        if isinstance(batch.get(name), Tensor):
+            return batch[name]
+    return None
+
+
+def valid_labels(labels: Tensor, task: str, problem_type: str | None) -> Tensor:
+    """bool: targets that are present. -100 is missing; NaN too, for regression. Causal labels are shifted by one."""
+    if task == "causal_lm":
+        return labels[..., 1:] != -100
+    if task in ("token", "masked_lm"):
+        return labels != -100
+    if problem_type == "regression":
+        present = ~torch.isnan(labels.float())
+    else:
+        present = labels != -100
+    return present.flatten(1).any(-1) if present.dim() > 1 else present
+
+
+def count_pairs(tokens: Tensor, causal: bool, window: int | None) -> Tensor:
+    """Pairs of real tokens that attention allows, from the padding mask alone.
+
+    Args:
+        tokens: bool `(batch, length)`.
+        causal: a query sees no later key.
+        window: a query sees keys at a distance below `window`; `None` for all.
+    """
+    length = tokens.size(1)
+    seen = torch.nn.functional.pad(tokens.long().cumsum(1), (1, 0))  # seen[:, i] = real tokens before position i
+    position = torch.arange(length, device=tokens.device)
+    first = torch.zeros_like(position) if window is None else (position - window + 1).clamp(min=0)
+    last = position if causal else torch.full_like(position, length - 1)
+    if window is not None and not causal:
+        last = (position + window - 1).clamp(max=length - 1)
+    return ((seen[:, last + 1] - seen[:, first]) * tokens).sum()
+
+
+def count_units(batch: Mapping, units: Iterable[Unit], task: str, problem_type: str | None) -> dict[Unit, Tensor | None]:
+    """Rows of each unit in one batch; `None` for a per-position unit of a batch without `attention_mask`.
+
+    Without a mask every sample has the same number of positions (images, packed text), which is known only after the
+    forward pass: `Denominators` then scales the number of samples.
+    """
+    labels = labels_of(batch)
+    tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.dim() > 0]
+    rows, device = tensors[0].size(0), tensors[0].device
+    mask = batch.get("attention_mask")
+    mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    counts: dict[Unit, Tensor | None] = {}
+    for unit in units:
+        if unit.kind == "samples":
+            counts[unit] = torch.tensor(rows, device=device)
+        elif unit.kind == "labels":
+            present = None if labels is None else valid_labels(labels, task, problem_type)
+            counts[unit] = torch.zeros((), dtype=torch.long, device=device) if present is None else present.sum()
+        elif mask is None:
+            counts[unit] = None
+        elif unit.kind == "tokens":
+            counts[unit] = mask.sum()
+        elif unit.kind == "next_tokens":
+            counts[unit] = (mask[:, 1:] & mask[:, :-1]).sum()
+        else:
+            counts[unit] = count_pairs(mask, unit.causal, unit.window)
+    return counts
+
+
+class Denominators:
+    """Counts over one accumulation window and all ranks.
+
+    Args:
+        batches: the micro-batches of this rank.
+        units: what the terms of this step count.
+        reduce: sums an int64 tensor over ranks; `None` on one process. The only collective, once per optimizer step.
+    """
+
+    def __init__(self, batches, units: Iterable[Unit], task: str, problem_type: str | None, device, reduce=None):
+        units = sorted({Unit("samples"), *units}, key=repr)
+        counted = [count_units(batch, units, task, problem_type) for batch in batches]
+        self._positions_known = {unit: all(counts[unit] is not None for counts in counted) for unit in units}
+        sums = [
+            sum((counts[unit].to(device) for counts in counted), torch.zeros((), dtype=torch.long, device=device))
+            if self._positions_known[unit]
+            else torch.zeros((), dtype=torch.long, device=device)
+            for unit in units
+        ]
+        window = torch.stack(sums).long()  # int64: fp32 stops being exact at 2^24
+        if reduce is not None:
+            window = reduce(window, "sum")
+        self._window = dict(zip(units, window.unbind()))
+
+    def of(self, unit: Unit, local_count: Tensor, local_samples: int) -> Tensor:
+        """The divisor of a sum that holds `local_count` rows of `local_samples` samples."""
+        if self._positions_known[unit]:
+            return self._window[unit].clamp(min=1)
+        return (self._window[Unit("samples")] * local_count / local_samples).clamp(min=1)
+
+    def known(self, unit: Unit) -> bool:
+        return self._positions_known[unit]
+
+
+def token_mask(student: Signals, teacher: Signals | None, shape: tuple[int, int], device) -> Tensor:
+    """bool `(batch, length)`: positions that are real for the student and for the teacher."""
+    mask = torch.ones(shape, dtype=torch.bool, device=device)
+    for signals in (student, teacher):
+        if signals is not None and signals.attention_mask is not None:
+            mask = mask & signals.attention_mask.to(device)
+    return mask

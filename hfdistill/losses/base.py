@@ -1,0 +1,56 @@
+"""What every loss has in common: a sum and a count, fp32 outside autocast, masks, and shape checks."""
+
+from __future__ import annotations
+
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class LossValue(NamedTuple):
+    """A loss before it is averaged.
+
+    The caller divides `total` by the count of the whole accumulation window and of all ranks, which is what makes
+    batch 8x1, 4x2 and 1x8 give the same gradient. For a single batch `mean` is the usual number.
+    """
+
+    total: Tensor
+    """Scalar, the sum over the rows, at least fp32, always attached to the student's graph."""
+    count: Tensor
+    """Scalar, the number of rows in `total`, without gradient."""
+
+    @property
+    def mean(self) -> Tensor:
+        """`total / count`, and 0 (with a graph) where there is no row."""
+        return self.total / self.count.clamp(min=1)
+
+
+class DistillationLoss(nn.Module):
+    """Base class: `loss(student, teacher, mask) -> LossValue`. A loss holds no model, no tokenizer and no config.
+
+    Subclasses implement `compute(student, teacher, mask, **kwargs)`; `forward` calls it outside autocast with
+    half-precision inputs raised to fp32 (float64 is left alone) and the teacher detached.
+    """
+
+    signal: ClassVar[str] = "logits"
+    """Which field of `Signals` it compares: one of `hfdistill.signals.SIGNALS`."""
+    unit: ClassVar[str] = "rows"
+    """What `count` counts: `rows` (positions where `mask` is True) or `pairs` (query-key pairs)."""
+    scheduled: ClassVar[tuple[str, ...]] = ()
+    """Names of float attributes that may follow a schedule; `forward` takes them as keywords."""
+
+    def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None, **scheduled: float) -> LossValue:
+        unknown = set(scheduled) - set(self.scheduled)
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no scheduled value {sorted(unknown)}")
+        with torch.autocast(student.device.type, enabled=False):
+            return self.compute(raise_precision(student), raise_precision(teacher.detach()), mask, **scheduled)
+
+    def compute(self, student: Tensor, teacher: Tensor, mask: Tensor | None, **scheduled: float) -> LossValue:
+        raise NotImplementedError(f"{type(self).__name__} must implement compute")
+
+
+def raise_precision(tensor: Tensor) -> Tensor:
+    """Half precision becomes fp32; fp32 and float64 stay; integers (labels) stay."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

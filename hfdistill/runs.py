@@ -1,0 +1,137 @@
+"""A recipe's arms (teacher, alone, distilled, control): each trained once, measured once, kept apart, never mixed with another run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers.trainer_utils import get_last_checkpoint
+
+from .trainer import DistillationTrainer
+
+
+# The Trainer uploads everything in output_dir but names that start with `_` or `checkpoint-`.
+ARMS = "_arms"
+MARK = "_run.json"
+
+
+@dataclass
+class Arm:
+    """One finished training, or one evaluation of a given model.
+
+    Attributes:
+        name: such as `distilled_0`.
+        trainer: holds the trained model.
+        metrics: of the held-out data, with the prefix `eval_`.
+        logits: of the held-out data, `(rows, classes)`.
+        labels: of the held-out data.
+        seconds: of training.
+        log_history: what the trainer logged.
+    """
+
+    name: str
+    trainer: DistillationTrainer
+    metrics: dict[str, float]
+    logits: np.ndarray
+    labels: np.ndarray
+    seconds: float = 0.0
+    log_history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def model(self):
+        return self.trainer.model
+
+
+class Run:
+    """The output folder of a recipe.
+
+    An arm that finished is read back instead of trained again, one that was killed goes on from its last checkpoint; both
+    only where the settings are the same, which `config_sha256` tells.
+
+    Args:
+        args: `DistillationTrainingArguments` of the recipe.
+        config_sha256: of all its settings.
+        overwrite: start anew in a folder that holds another run; its arms are deleted.
+
+    Raises:
+        ValueError: when the folder holds a run with other settings, or a model of other origin.
+    """
+
+    def __init__(self, args, config_sha256: str, overwrite: bool = False):
+        self.args = args
+        self.root = Path(args.output_dir)
+        with args.main_process_first(desc="output folder"):
+            mark = self.root / MARK
+            held = json.loads(mark.read_text())["config_sha256"] if mark.is_file() else None
+            if overwrite and held is not None and held != config_sha256:
+                shutil.rmtree(self.root / ARMS, ignore_errors=True)
+            elif not overwrite and held not in (None, config_sha256):
+                raise ValueError(
+                    f"output_dir {str(self.root)!r} holds a run with other settings (config {held[:12]}, this one is {config_sha256[:12]}): going on "
+                    "would mix the two. Choose another --output_dir, or pass --overwrite_output_dir to start anew."
+                )
+            elif not overwrite and held is None and any((self.root / name).exists() for name in ("config.json", "model.safetensors")):
+                raise ValueError(
+                    f"output_dir {str(self.root)!r} holds a model that this recipe did not write, and it would be overwritten. Choose another "
+                    "--output_dir, or pass --overwrite_output_dir."
+                )
+            self.root.mkdir(parents=True, exist_ok=True)
+            mark.write_text(json.dumps({"config_sha256": config_sha256}))
+
+    def folder(self, arm: str) -> str:
+        return str(self.root / ARMS / arm)
+
+    def say(self, text: str) -> None:
+        """A heading between progress bars, on the main process."""
+        if self.args.should_log:
+            print(f"\n== {text}", flush=True)
+
+    def finish(self, name: str, trainer: DistillationTrainer) -> Arm:
+        """Trains `trainer`, measures it on its `eval_dataset`, saves the model and the figures in the folder of the arm."""
+        done = self._read(name, trainer)
+        if done is not None:
+            self.say(f"{name} is finished already")
+            return done
+        folder = self.folder(name)
+        start = time.perf_counter()
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if os.path.isdir(folder) else None)
+        arm = self._measure(name, trainer, time.perf_counter() - start)
+        trainer.save_model(folder)
+        self._write(arm)
+        return arm
+
+    def measure(self, name: str, trainer: DistillationTrainer) -> Arm:
+        """As `finish`, for a model that is not trained here."""
+        return self._measure(name, trainer, 0.0)
+
+    def _measure(self, name: str, trainer: DistillationTrainer, seconds: float) -> Arm:
+        output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
+        trainer.log_metrics("eval", output.metrics)
+        history = list(trainer.state.log_history)
+        return Arm(name, trainer, output.metrics, np.asarray(output.predictions), np.asarray(output.label_ids), seconds, history)
+
+    def _write(self, arm: Arm) -> None:
+        if self.args.should_save:
+            folder = Path(self.folder(arm.name))
+            np.savez(folder / "predictions.npz", logits=arm.logits, labels=arm.labels)
+            record = {"metrics": arm.metrics, "seconds": arm.seconds, "log_history": arm.log_history}
+            partial = folder / "arm.json.partial"
+            partial.write_text(json.dumps(record))
+            os.replace(partial, folder / "arm.json")
+        arm.trainer.accelerator.wait_for_everyone()
+
+    def _read(self, name: str, trainer: DistillationTrainer) -> Arm | None:
+        folder = Path(self.folder(name))
+        if not (folder / "arm.json").is_file():
+            return None
+        record = json.loads((folder / "arm.json").read_text())
+        model = type(trainer.model).from_pretrained(folder)
+        trainer.model.load_state_dict(model.state_dict())
+        with np.load(folder / "predictions.npz", allow_pickle=False) as arrays:
+            return Arm(name, trainer, record["metrics"], arrays["logits"], arrays["labels"], record["seconds"], record["log_history"])

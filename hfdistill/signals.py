@@ -1,0 +1,46 @@
+"""What one forward pass leaves behind.
+
+Capture writes `Signals`, losses read the tensors in them; neither knows the other.
+Blocks (transformer layers) are counted from 0 and the embedding output is not a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+SIGNALS = ("logits", "hidden_states", "embeddings", "attention_scores", "pooled")
+LAYERED_SIGNALS = ("hidden_states", "attention_scores")
+
+
+@dataclass
+class Signals:
+    """The captured tensors of one model on one batch; what nobody asked for is `None` or an empty dict.
+
+    Shapes:
+        logits: `(batch, classes)` or `(batch, length, classes)`.
+        hidden_states: block -> `(batch, length, width)`, the output of that block.
+        embeddings: `(batch, length, width)`, the input of block 0.
+        attention_scores: block -> `(batch, heads, queries, keys)`, scaled `q·k` before mask, softmax and dropout.
+        attention_allowed: block -> bool `(batch, 1, queries, keys)`, True where the query is a real token and
+            may look at that key (padding, causality and sliding windows included).
+        pooled: `(batch, width)`.
+        attention_mask: bool `(batch, length)`, True at real tokens; `None` when every position is real.
+    """
+
+    logits: Tensor | None = None
+    hidden_states: dict[int, Tensor] = field(default_factory=dict)
+    embeddings: Tensor | None = None
+    attention_scores: dict[int, Tensor] = field(default_factory=dict)
+    attention_allowed: dict[int, Tensor] = field(default_factory=dict)
+    pooled: Tensor | None = None
+    attention_mask: Tensor | None = None
+
+    def attention_probabilities(self, block: int) -> Tensor:
+        """Softmax of the scores of `block` over the keys each query may see, in at least fp32; padded rows are 0."""
+        scores, allowed = self.attention_scores[block], self.attention_allowed[block]
+        scores = scores if scores.dtype == torch.float64 else scores.float()
+        return scores.masked_fill(~allowed, float("-inf")).softmax(-1).nan_to_num(0.0)

@@ -1,0 +1,12 @@
+"""The tail of an error message about a name that is not known."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """`" Did you mean 'x'?"` for the known name nearest to `name`; an empty string where none is near."""
+    matches = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" Did you mean {matches[0]!r}?" if matches else ""

@@ -1,0 +1,91 @@
+"""One frozen model as the teacher."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import fields
+
+import torch
+from torch import Tensor, nn
+
+from ..capture import Capture, CapturePlan
+from ..signals import Signals
+
+
+logger = logging.getLogger(__name__)
+
+
+class FrozenTeacher:
+    """A model in eval mode, without gradients, in its own dtype, outside the student's modules and checkpoints.
+
+    Args:
+        model (`nn.Module`): the teacher. It is frozen (`requires_grad_(False)`) and put in eval mode, now and again before
+            every forward pass, so its dropout is off and its buffers do not change.
+        device: where it runs; `None` leaves it where it is.
+        dtype (`torch.dtype`, *optional*): what its weights are cast to; `None` keeps their own.
+        batch_size (`int`, *optional*): rows per forward pass; larger batches are cut and put together again.
+        autocast: a callable giving the context of the forward pass, such as `accelerator.autocast`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        batch_size: int | None = None,
+        autocast: Callable | None = None,
+    ):
+        if model.training:
+            logger.warning(
+                "The teacher (%s) was in training mode: its dropout would have made its targets random. It has been put in eval mode.",
+                type(model).__name__,
+            )
+        self.model = model.requires_grad_(False).eval()
+        if device is not None or dtype is not None:
+            self.model.to(device=device, dtype=dtype)
+        self.batch_size = batch_size
+        self.autocast = autocast or nullcontext
+        self.capture = Capture(self.model, "teacher")
+
+    @property
+    def columns(self) -> list[str]:
+        return self.capture.columns
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def __call__(self, batch: Mapping, plan: CapturePlan) -> Signals:
+        """The teacher's signals on `batch`, on the device of the batch, without a graph."""
+        self.model.eval()
+        inputs = self.capture.select_inputs(batch)
+        home = next(value.device for value in inputs.values() if isinstance(value, Tensor))
+        rows = next(value.size(0) for value in inputs.values() if isinstance(value, Tensor))
+        step = self.batch_size or rows
+        parts = []
+        # no_grad, not inference_mode: tensors of the latter cannot be saved for the student's backward pass.
+        with torch.no_grad(), self.autocast():
+            for start in range(0, rows, step):
+                cut = {k: v[start : start + step] if isinstance(v, Tensor) and v.size(0) == rows else v for k, v in inputs.items()}
+                cut = {k: self._cast(v) if isinstance(v, Tensor) else v for k, v in cut.items()}
+                parts.append(self.capture(cut, plan))
+        return concatenate(parts, home)
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        dtype = next(self.model.parameters()).dtype if tensor.is_floating_point() else None
+        return tensor.to(device=self.device, dtype=dtype)
+
+
+def concatenate(parts: list[Signals], device) -> Signals:
+    """Signals of consecutive pieces of a batch as those of the whole, on `device`."""
+
+    def join(values):
+        if isinstance(values[0], dict):
+            return {key: join([value[key] for value in values]) for key in values[0]}
+        if values[0] is None:
+            return None
+        return (values[0] if len(values) == 1 else torch.cat(values)).to(device)
+
+    return Signals(**{f.name: join([getattr(part, f.name) for part in parts]) for f in fields(Signals)})

@@ -1,0 +1,49 @@
+"""A teacher given by name: which Auto class, and its tokenizer."""
+
+from __future__ import annotations
+
+import transformers
+from torch import nn
+
+
+AUTO_CLASSES = {
+    "sequence": "AutoModelForSequenceClassification",
+    "image": "AutoModelForImageClassification",
+    "token": "AutoModelForTokenClassification",
+    "masked_lm": "AutoModelForMaskedLM",
+    "causal_lm": "AutoModelForCausalLM",
+}
+
+
+def load_teacher(name_or_path: str, task: str, init_kwargs: dict | None = None) -> nn.Module:
+    """The teacher's model with the head that fits the student's task.
+
+    Args:
+        name_or_path: a folder or a Hub id.
+        task: a key of `AUTO_CLASSES`.
+        init_kwargs: passed to `from_pretrained`.
+
+    Raises:
+        ValueError: when the task has no Auto class, or the model cannot be found or reached.
+    """
+    if task not in AUTO_CLASSES:
+        raise ValueError(f"A teacher cannot be loaded by name for a student of task {task!r}. Load it yourself and pass the module.")
+    try:
+        return getattr(transformers, AUTO_CLASSES[task]).from_pretrained(name_or_path, **(init_kwargs or {}))
+    except OSError as error:
+        raise ValueError(
+            f"The teacher {name_or_path!r} is neither a folder with a model nor a Hub id that can be reached ({_first_line(error)}). Check the "
+            "spelling, download it where there is a network (`hf download`) and give the folder, or pass a module."
+        ) from error
+
+
+def load_tokenizer(name_or_path: str, revision: str | None = None):
+    """The tokenizer that lies beside a model, or `None` where there is none."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name_or_path, revision=revision)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]
