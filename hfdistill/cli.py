@@ -63,7 +63,6 @@ def parse(dataclasses: tuple[type | str, ...] | type | str, args: list[str] | No
     ...     temperature: float = 2.0
     >>> parse(Arguments, ["--temperature", "4"])[0].temperature
     4.0
-
     ```
     """
     entries = dataclasses if isinstance(dataclasses, tuple) else (dataclasses,)

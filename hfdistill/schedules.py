@@ -47,7 +47,6 @@ class Schedule:
     >>> warmup = Schedule("linear", start=0.0, end=2.0, over=(0.0, 0.5))
     >>> warmup(0.0), warmup(0.25), warmup(0.5), warmup(1.0)
     (0.0, 1.0, 2.0, 2.0)
-
     ```
     """
 
@@ -112,7 +111,6 @@ def resolve_schedule(value: float | Mapping[str, Any] | Schedule, default: float
     Schedule(type='cosine', start=0.0, end=0.5, over=(0.0, 1.0))
     >>> resolve_schedule(2.0)(0.3)
     2.0
-
     ```
     """
     if isinstance(value, Schedule):

@@ -133,16 +133,17 @@ def default_terms(args) -> list[Term]:
     return terms
 
 
-def resolve_terms(args) -> list[Term]:
-    """`args.objective` where it is given, else the default terms; names are made unique.
+def resolve_terms(args, given: list[Term] | None = None) -> list[Term]:
+    """The terms of a run: `given` in Python, else `args.objective` from YAML, else what the plain weights stand for.
 
     Raises:
         ValueError: when two terms share a name, or every weight is zero for the whole run.
     """
-    if args.objective is None:
+    entries = args.objective if given is None else given
+    if entries is None:
         terms = default_terms(args)
     else:
-        terms = [entry if isinstance(entry, Term) else Term.from_dict(entry) for entry in args.objective]
+        terms = [entry if isinstance(entry, Term) else Term.from_dict(entry) for entry in entries]
     names = [term.name for term in terms]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

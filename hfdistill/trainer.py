@@ -165,7 +165,7 @@ class DistillationTrainer(Trainer):
     def _bind(self, fixed_maps: Mapping[str, Pairs] | None = None) -> None:
         """Builds the objective for the current student and teacher."""
         args = self.args
-        terms = list(self._given_terms) if self._given_terms is not None else resolve_terms(args)
+        terms = resolve_terms(args, self._given_terms)
         wants = [term.name for term in terms if not term.is_task]
         if wants and self.teacher is None:
             raise ValueError(

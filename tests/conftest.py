@@ -1,4 +1,4 @@
-"""No network, no progress bars, the same seed everywhere."""
+"""No network, no progress bars, the same seed everywhere, and no deprecated call of transformers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ os.environ.update(
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads cost more than they bring
 
+import logging
 import random
 import socket
 
@@ -44,3 +45,19 @@ def no_network():
         patch.setattr(socket.socket, "connect", guard(connect))
         patch.setattr(socket.socket, "connect_ex", guard(connect_ex))
         yield
+
+
+class _Deprecations(logging.Handler):
+    """transformers logs most of its deprecations instead of warning, so a warning filter does not see them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecat" in record.getMessage().lower():
+            raise FutureWarning(record.getMessage())
+
+
+@pytest.fixture(autouse=True, scope="session")
+def deprecations_are_errors():
+    handler = _Deprecations(logging.WARNING)
+    logging.getLogger("transformers").addHandler(handler)
+    yield
+    logging.getLogger("transformers").removeHandler(handler)

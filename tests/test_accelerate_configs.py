@@ -47,6 +47,7 @@ def test_cpu_starts_one_process(tmp_path):
     assert launch("cpu.yaml", tmp_path, CUDA_VISIBLE_DEVICES="") == ["1 0 NO cpu None 1"]
 
 
+@pytest.mark.slow
 def test_two_cpu_starts_two_joined_gloo_ranks(tmp_path):
     assert launch("two_cpu.yaml", tmp_path, "--use_cpu") == ["2 0 MULTI_CPU cpu gloo 2", "2 1 MULTI_CPU cpu gloo 2"]
 

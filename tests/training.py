@@ -76,13 +76,13 @@ class Gradients(TrainerCallback):
 
 def run(student, teacher, data, args, **options):
     """Trains and returns `(trainer, gradients of each step)`."""
-    gradients = Gradients()
+    gradients, resume = Gradients(), options.pop("resume", None)
     trainer = DistillationTrainer(
         model=student, teacher=teacher, args=args, train_dataset=data, data_collator=options.pop("data_collator", pad),
         callbacks=[gradients, *options.pop("callbacks", [])], **options,
     )
     gradients.trainer = trainer
-    trainer.train(resume_from_checkpoint=options.get("resume"))
+    trainer.train(resume_from_checkpoint=resume)
     return trainer, gradients.steps
 
 

@@ -74,9 +74,9 @@ def find_blocks(model: nn.Module) -> Blocks:
         found = [item for item in lists if recorded and isinstance(item[1][0], recorded)]
     if not found:
         several = [item for item in lists if len(item[1]) > 1]
-        # An nn.Sequential is more often a piece of a block than a stack of blocks.
-        found = [item for item in several if isinstance(item[1], nn.ModuleList)] or several
-        found = [item for item in found if not _is_nested(item[0], found)]
+        outer = [item for item in several if not _is_nested(item[0], several)]
+        # An nn.Sequential is more often a head or a piece of a block than a stack of blocks.
+        found = [item for item in outer if isinstance(item[1], nn.ModuleList)] or outer
         found = [item for item in found if len(item[1]) == max(len(other) for _, other in found)]
     if not found:
         raise ValueError(

@@ -13,13 +13,16 @@ from hfdistill.losses import (
     AttentionScoreMSELoss,
     BinarySoftTargetsLoss,
     CosineLoss,
+    DistillationLoss,
     EmbeddingMSELoss,
     HiddenMSELoss,
     LogitMSELoss,
+    LossValue,
     RegressionMSELoss,
     SoftTargetsLoss,
     TaskBinaryCrossEntropyLoss,
     TaskCrossEntropyLoss,
+    TaskLoss,
     TaskSquaredErrorLoss,
 )
 from hfdistill.signals import SIGNALS
@@ -132,7 +135,30 @@ def test_every_loss_has_a_row():
     assert set(LOSSES.values()) == {type(build()) for build, _, _ in CASES.values()}
     for name, loss in LOSSES.items():
         assert type(CASES[name][0]()) is loss
-        assert loss.signal in SIGNALS and loss().unit in ("rows", "pairs")
+        assert loss.signal in SIGNALS
+
+
+def test_unit_says_what_is_counted(case):
+    loss, layout, count = case
+    assert loss.unit == ("pairs" if count in (PAIRS, CAUSAL_PAIRS) else "rows")
+
+
+def test_autocast_is_off_while_a_loss_is_computed():
+    """The losses of today have no matrix product, the first operation that autocast would lower to bf16."""
+
+    class Product(DistillationLoss):
+        def compute(self, student, teacher, mask):
+            return LossValue((student @ teacher.T).sum(), torch.tensor(1))
+
+    class TaskProduct(TaskLoss):
+        def compute(self, logits, labels):
+            return LossValue((logits @ logits.T).sum(), torch.tensor(1))
+
+    third = torch.full((2, 3), 1 / 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        for value in (Product()(third, third), TaskProduct()(third, None)):
+            assert value.total.dtype == torch.float32
+            torch.testing.assert_close(value.total, torch.tensor(4 / 3), rtol=1e-6, atol=0)
 
 
 def test_value_is_a_finite_positive_scalar_with_a_count(case):
@@ -371,7 +397,8 @@ def test_task_logits_without_a_label_change_nothing(task_case, content):
     absent = missing(labels)
     absent = absent if absent.shape == logits.shape else absent.unsqueeze(-1).expand(logits.shape)
     dirty = torch.where(absent, content, logits.detach()).requires_grad_()
-    dirty_value, dirty_gradient = task_backward(loss, dirty, labels)
+    with torch.autograd.set_detect_anomaly(True):
+        dirty_value, dirty_gradient = task_backward(loss, dirty, labels)
     assert torch.equal(dirty_value.total, value.total) and torch.equal(dirty_gradient, gradient)
 
 
