@@ -13,11 +13,12 @@ __version__ = "0.1.0.dev0"
 
 _NAMES = {
     "trainer": ("DistillationTrainer",),
-    "arguments": ("DistillationTrainingArguments",),
+    "arguments": ("TEACHER_WEIGHTS", "DistillationTrainingArguments"),
     "models.student": ("build_student", "copy_weights"),
     "models.layer_map": ("LAYER_MAPS", "resolve_layer_map"),
     "terms": ("Term",),
-    "objective": ("Objective", "build_objective"),
+    "objective": ("Objective",),
+    "binding": ("build_objective",),
     "losses": (
         "LOSSES",
         "TASK_LOSSES",
@@ -40,24 +41,37 @@ _NAMES = {
     "signals": ("Signals",),
     "capture": ("Capture",),
     "teachers": ("CallableTeacher", "FrozenTeacher"),
+    "teachers.loading": ("load_teacher",),
     "schedules": ("Schedule", "resolve_schedule"),
     "data.stdlib_docs": ("load_stdlib_docs", "load_stdlib_docs_splits"),
+    "data.text": ("TextData", "encode_texts", "load_embedded", "load_named"),
     "data.tokenizer": ("train_wordpiece",),
-    "metrics": ("agreement", "gap_closed", "glue_metric", "load_metric"),
+    "metrics": ("GLUE_METRICS", "agreement", "gap_closed", "glue_metric", "load_metric", "metric_function"),
+    "baselines": ("majority_share", "tfidf_logistic_regression"),
+    "runs": ("Arm", "Run", "compare_arms"),
     "benchmark": ("measure_model",),
-    "report": ("plot_results", "results_table", "write_results"),
+    "plots": ("plot_results",),
+    "report": ("results_table", "write_results"),
     "cli": ("parse",),
 }
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_MODULE_OF)
 
 if TYPE_CHECKING:  # the table above, for type checkers and editors; tests/test_house.py compares the two
+    from .arguments import TEACHER_WEIGHTS as TEACHER_WEIGHTS
     from .arguments import DistillationTrainingArguments as DistillationTrainingArguments
+    from .baselines import majority_share as majority_share
+    from .baselines import tfidf_logistic_regression as tfidf_logistic_regression
     from .benchmark import measure_model as measure_model
+    from .binding import build_objective as build_objective
     from .capture import Capture as Capture
     from .cli import parse as parse
     from .data.stdlib_docs import load_stdlib_docs as load_stdlib_docs
     from .data.stdlib_docs import load_stdlib_docs_splits as load_stdlib_docs_splits
+    from .data.text import TextData as TextData
+    from .data.text import encode_texts as encode_texts
+    from .data.text import load_embedded as load_embedded
+    from .data.text import load_named as load_named
     from .data.tokenizer import train_wordpiece as train_wordpiece
     from .losses import LOSSES as LOSSES
     from .losses import TASK_LOSSES as TASK_LOSSES
@@ -77,24 +91,29 @@ if TYPE_CHECKING:  # the table above, for type checkers and editors; tests/test_
     from .losses import TaskSquaredErrorLoss as TaskSquaredErrorLoss
     from .losses.base import DistillationLoss as DistillationLoss
     from .losses.base import LossValue as LossValue
+    from .metrics import GLUE_METRICS as GLUE_METRICS
     from .metrics import agreement as agreement
     from .metrics import gap_closed as gap_closed
     from .metrics import glue_metric as glue_metric
     from .metrics import load_metric as load_metric
+    from .metrics import metric_function as metric_function
     from .models.layer_map import LAYER_MAPS as LAYER_MAPS
     from .models.layer_map import resolve_layer_map as resolve_layer_map
     from .models.student import build_student as build_student
     from .models.student import copy_weights as copy_weights
     from .objective import Objective as Objective
-    from .objective import build_objective as build_objective
-    from .report import plot_results as plot_results
+    from .plots import plot_results as plot_results
     from .report import results_table as results_table
     from .report import write_results as write_results
+    from .runs import Arm as Arm
+    from .runs import Run as Run
+    from .runs import compare_arms as compare_arms
     from .schedules import Schedule as Schedule
     from .schedules import resolve_schedule as resolve_schedule
     from .signals import Signals as Signals
     from .teachers import CallableTeacher as CallableTeacher
     from .teachers import FrozenTeacher as FrozenTeacher
+    from .teachers.loading import load_teacher as load_teacher
     from .terms import Term as Term
     from .trainer import DistillationTrainer as DistillationTrainer
 

@@ -38,15 +38,18 @@ def resolve_label_order(student_config, teacher_config, order: str = "by_name") 
     if _generic(student) != _generic(teacher):
         named, generic = ("teacher", "student") if _generic(student) else ("student", "teacher")
         raise ValueError(
-            f"The {named} names its labels {(teacher if named == 'teacher' else student)[:5]} and the {generic} only LABEL_0, LABEL_1, ...: "
-            f"whether they are in the same order cannot be checked, and a wrong order trains a wrong student. Set {generic}.config.id2label, "
+            f"The {named} names its labels {(teacher if named == 'teacher' else student)[:5]} and the {generic} only LABEL_0, LABEL_1, "
+            "...: "
+            "whether they are in the same order cannot be checked, and a wrong order trains a wrong student. Set "
+            f"{generic}.config.id2label, "
             "or teacher_label_order='by_index' if the positions agree."
         )
     if sorted(s) != sorted(t):
         only_student, only_teacher = sorted(set(s) - set(t))[:5], sorted(set(t) - set(s))[:5]
         raise ValueError(
             f"The label sets differ: only the student has {only_student}, only the teacher {only_teacher}. Columns of the teacher's logits "
-            "would be matched to other labels. Rename the labels in config.id2label, or set teacher_label_order='by_index' if they mean the same."
+            "would be matched to other labels. Rename the labels in config.id2label, or set teacher_label_order='by_index' if they mean "
+            "the same."
         )
     return [t.index(name) for name in s]
 
@@ -68,7 +71,8 @@ def resolve_vocabulary(student_size: int, teacher_size: int, student_tokenizer=N
         if differ:
             examples = [f"{token!r}: {student.get(token)} / {teacher.get(token)}" for token in sorted(differ)[:3]]
             raise ValueError(
-                f"Student and teacher tokenizers differ in {len(differ)} tokens ({'; '.join(examples)}; student / teacher id). The teacher would "
+                f"Student and teacher tokenizers differ in {len(differ)} tokens ({'; '.join(examples)}; student / teacher id). The "
+                "teacher would "
                 "read other words than the student. Use a student with the teacher's tokenizer (build_student keeps the vocabulary)."
             )
     if student_size == teacher_size:
@@ -76,6 +80,7 @@ def resolve_vocabulary(student_size: int, teacher_size: int, student_tokenizer=N
     if not both:
         raise ValueError(
             f"The vocabularies differ: student {student_size}, teacher {teacher_size}. If only the padding differs, pass both tokenizers "
-            "(processing_class and teacher_processing_class) so that it can be checked; otherwise use a student with the teacher's tokenizer."
+            "(processing_class and teacher_processing_class) so that it can be checked; otherwise use a student with the teacher's "
+            "tokenizer."
         )
     return min(student_size, teacher_size)

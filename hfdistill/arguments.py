@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from .schedules import Schedule, resolve_schedule
@@ -23,6 +24,7 @@ WEIGHTS = (
     "attention_weight",
 )
 TEACHER_WEIGHTS = WEIGHTS[1:]
+"""Names of the weights of terms that need a teacher; all of them at 0 make a plain Trainer."""
 SCHEDULED = (*WEIGHTS, "temperature")
 
 
@@ -67,7 +69,8 @@ class DistillationTrainingArguments(TrainingArguments):
     cosine_layer_map: str = _knob("-1:-1", "Layer map of the cosine loss; the last block of both models by default.")
     layer_reduction: str = _knob("mean", "'mean' or 'sum' over the mapped pairs of a term.", choices=["mean", "sum"])
     adapter: str = _knob(
-        "auto", "Projection of the student's width to the teacher's: auto (linear where they differ), linear, mlp or none.",
+        "auto",
+        "Projection of the student's width to the teacher's: auto (linear where they differ), linear, mlp or none.",
         choices=["auto", "linear", "mlp", "none"],
     )
     kd_positions: str = _knob(
@@ -84,15 +87,19 @@ class DistillationTrainingArguments(TrainingArguments):
     objective: list[dict] | str | None = _knob(
         None, "The whole objective as a list of terms (loss, weight, layer_map, adapter, ...); replaces the weights above."
     )
-    teacher_model_init_kwargs: dict[str, Any] | str | None = _knob(None, "Keyword arguments of from_pretrained for a teacher given by name.")
+    teacher_model_init_kwargs: dict[str, Any] | str | None = _knob(
+        None, "Keyword arguments of from_pretrained for a teacher given by name."
+    )
     teacher_batch_size: int | None = _knob(None, "Rows per teacher forward pass. Default: the whole batch.")
     teacher_dtype: str | None = _knob(
-        None, "What the teacher's weights are cast to: float32, bfloat16 or float16. Default: their own.",
+        None,
+        "What the teacher's weights are cast to: float32, bfloat16 or float16. Default: their own.",
         choices=["float32", "bfloat16", "float16"],
     )
     teacher_device: str | None = _knob(None, "Device of the teacher. Default: that of the student.")
     teacher_label_order: str = _knob(
-        "by_name", "'by_name' compares label names and permutes the teacher's logits; 'by_index' trusts the positions.",
+        "by_name",
+        "'by_name' compares label names and permutes the teacher's logits; 'by_index' trusts the positions.",
         choices=["by_name", "by_index"],
     )
     eval_with_teacher: bool = _knob(
@@ -110,7 +117,9 @@ class DistillationTrainingArguments(TrainingArguments):
                 try:
                     setattr(self, name, json.loads(value))
                 except json.JSONDecodeError as error:
-                    raise ValueError(f"{name} is no valid JSON ({error}): {value!r}. Write it as in {{\"key\": 1.0}}, or use a YAML file.") from None
+                    raise ValueError(
+                        f'{name} is no valid JSON ({error}): {value!r}. Write it as in {{"key": 1.0}}, or use a YAML file.'
+                    ) from None
         self._check_numbers()
         self._check_choices()
         self.resolved_schedules()
@@ -119,6 +128,9 @@ class DistillationTrainingArguments(TrainingArguments):
                 "hub_token would be written in clear into training_args.bin, and that file is pushed. Leave it out: log in with "
                 "`hf auth login`, or set the HF_TOKEN environment variable."
             )
+        if not self.use_cpu and not torch.accelerator.is_available():
+            # Otherwise each of several processes on a machine without an accelerator would train alone.
+            self.use_cpu = True
         super().__post_init__()
 
     def _check_numbers(self) -> None:
@@ -131,7 +143,8 @@ class DistillationTrainingArguments(TrainingArguments):
                 )
         if not isinstance(self.temperature, (int, float)) or not math.isfinite(self.temperature) or self.temperature <= 0:
             raise ValueError(
-                f"temperature must be a finite number > 0, got {self.temperature!r}: logits are divided by it. Use 1 (plain KL) to 8; 2 is usual."
+                f"temperature must be a finite number > 0, got {self.temperature!r}: logits are divided by it. Use 1 (plain KL) to 8; 2 "
+                "is usual."
             )
         if self.objective is not None and not self.objective:
             raise ValueError("objective is an empty list: there is nothing to train. Give at least one term, or leave objective out.")

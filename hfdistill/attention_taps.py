@@ -27,7 +27,7 @@ IMPLEMENTATION = "hfdistill_sdpa"
 
 # Keyed by module object: many attention modules have no `layer_idx`. Weak, so that a tap never keeps a model alive and
 # never travels with `copy.deepcopy(model)` or a state dict.
-_TAPS: weakref.WeakKeyDictionary[nn.Module, "InterfaceTap"] = weakref.WeakKeyDictionary()
+_TAPS: weakref.WeakKeyDictionary[nn.Module, InterfaceTap] = weakref.WeakKeyDictionary()
 
 
 def _tapped_attention(module, query, key, value, attention_mask, scaling=None, position_bias=None, is_causal=None, **kwargs):

@@ -115,8 +115,7 @@ def interleaved_latency(
                 times[name].append(timers[name].timeit(passes[name]).median)
     first = next(iter(times.values()))
     return {
-        name: {**_summary(own), "speedup": statistics.median(a / b for a, b in zip(first, own, strict=True))}
-        for name, own in times.items()
+        name: {**_summary(own), "speedup": statistics.median(a / b for a, b in zip(first, own, strict=True))} for name, own in times.items()
     }
 
 

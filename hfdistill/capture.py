@@ -267,7 +267,9 @@ def logits_of(output) -> Tensor:
     if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
         return output[0]
     keys = list(output) if isinstance(output, Mapping) else type(output).__name__
-    raise ValueError(f"The model returned no logits, only {keys}. Use a model with a head (AutoModelFor...), or return a dict with 'logits'.")
+    raise ValueError(
+        f"The model returned no logits, only {keys}. Use a model with a head (AutoModelFor...), or return a dict with 'logits'."
+    )
 
 
 def allowed_pairs(scores: Tensor, mask: Tensor | None, tokens: Tensor | None) -> Tensor:

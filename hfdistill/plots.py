@@ -13,7 +13,13 @@ from .report import BASELINE_NAMES, MODEL_NAMES
 
 
 # Okabe and Ito's palette: distinct for colour-blind readers too.
-COLOURS = {"teacher": "#333333", "student_alone": "#E69F00", "student_distilled": "#0072B2", "control": "#009E73", "tfidf_logreg": "#CC79A7"}
+COLOURS = {
+    "teacher": "#333333",
+    "student_alone": "#E69F00",
+    "student_distilled": "#0072B2",
+    "control": "#009E73",
+    "tfidf_logreg": "#CC79A7",
+}
 _OTHER_COLOURS = ("#D55E00", "#56B4E9", "#8C6D31", "#7F7F7F")
 _PART_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", *_OTHER_COLOURS)
 _NOT_A_LOSS = {"loss", "step", "epoch", "grad_norm", "learning_rate", "total_flos", "num_input_tokens_seen"}
@@ -21,7 +27,9 @@ _LOG_AXIS_FROM = 8.0
 _LINE_HEIGHT = 0.075  # of the panel: the least distance between two labels
 
 
-def plot_results(results: Mapping[str, Any], path: str | os.PathLike, log_history: Sequence[Mapping[str, Any]] | None = None) -> Path | None:
+def plot_results(
+    results: Mapping[str, Any], path: str | os.PathLike, log_history: Sequence[Mapping[str, Any]] | None = None
+) -> Path | None:
     """One PNG with two panels: the metric against the size of the model, and the parts of the loss over the steps.
 
     Baselines without a size (TF-IDF) are horizontal lines. The axis of sizes is logarithmic where the largest model is at
@@ -104,9 +112,7 @@ def _draw_sizes(axis, results: Mapping[str, Any]) -> None:
         x, y = to_panel.transform((size, mean))
         x += 0.014 * taken[size]  # students of one size stand side by side, or one would hide the other
         taken[size] += 1
-        axis.errorbar(
-            x, mean, yerr=deviation or None, fmt="o", color=colours[key], markersize=7, capsize=3, zorder=3, transform=beside
-        )
+        axis.errorbar(x, mean, yerr=deviation or None, fmt="o", color=colours[key], markersize=7, capsize=3, zorder=3, transform=beside)
         labels.append((key, f"{label}  {mean:.3f}", x, y, 1 if x <= middle + 0.05 else -1))
     for (key, text, x, y, towards), free in zip(labels, _spread([label[3] for label in labels]), strict=True):
         axis.annotate(
@@ -118,9 +124,9 @@ def _draw_sizes(axis, results: Mapping[str, Any]) -> None:
     if lines:
         handles = [axis.plot([], [], "--", color=colours[key], label=f"{label}  {mean:.3f}")[0] for key, label, mean in lines]
         axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False, fontsize=9, ncols=min(len(handles), 2))
-    seeds = len(results["seeds"])
+    metric, seeds = results["metric"].replace("_", " "), len(results["seeds"])
     axis.set_xlabel("size on disk (MB)")
-    axis.set_ylabel(f"{results['metric'].replace('_', ' ')} (students: mean ± sd of {seeds} seeds)" if seeds > 1 else results["metric"].replace("_", " "))
+    axis.set_ylabel(f"{metric} (students: mean ± sd of {seeds} seeds)" if seeds > 1 else metric)
     axis.set_title("What distillation bought", fontsize=11)
     _tidy(axis)
 
@@ -129,12 +135,14 @@ def _draw_losses(axis, steps: Sequence[Mapping[str, Any]]) -> None:
     parts = list(dict.fromkeys(key for entry in steps for key in entry if key.endswith("_weighted")))
     weighted = bool(parts)
     if not weighted:
-        parts = list(dict.fromkeys(k for e in steps for k, v in e.items() if k not in _NOT_A_LOSS and "eval_" not in k and isinstance(v, (int, float))))
+        numbers = (key for entry in steps for key, value in entry.items() if isinstance(value, (int, float)))
+        parts = list(dict.fromkeys(key for key in numbers if key not in _NOT_A_LOSS and not key.startswith("eval_")))
     axis.plot([e["step"] for e in steps], [e["loss"] for e in steps], color="#333333", linewidth=2, label="loss", marker=_marker(steps))
     for part, colour in zip(parts, itertools.cycle(_PART_COLOURS)):
         drawn = [(entry["step"], entry[part]) for entry in steps if part in entry]
         name = part.removesuffix("_weighted").replace("_", " ")
-        axis.plot(*zip(*drawn, strict=True), color=colour, linewidth=1.5, label=f"{name} × weight" if weighted else name, marker=_marker(drawn))
+        label = f"{name} × weight" if weighted else name
+        axis.plot(*zip(*drawn, strict=True), color=colour, linewidth=1.5, label=label, marker=_marker(drawn))
     axis.set_xlabel("optimizer step")
     axis.set_ylabel("loss (mean per row)")
     axis.set_title("Loss parts of the distilled student", fontsize=11)

@@ -11,7 +11,8 @@ from typing import Any
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=[-_]token[= ])\S+|(?<=--token[= ])\S+", re.IGNORECASE)
 # A slash that begins a path: not inside a word, a relative path or a closing tag, and not the double slash of a URL.
 _POSIX = re.compile(r"(?<![\w./<>~:])(?:file:/{2,3}|~\w*/|/(?!/))[\w.@+%-]+(?:/[\w.@+%-]*)*|(?<=\w:)/(?!/)[\w.@+%-]+(?:/[\w.@+%-]*)*")
-_WINDOWS = re.compile(r"(?<!\w)[A-Za-z]:[\\/](?!/)[\w.@+%\\/-]+")
+_WINDOWS = re.compile(r"(?<![\w/\\])[A-Za-z]:[\\/](?!/)[\w.@+%\\/-]+")
+_HOME = re.compile(r"(?:file://)?(?:[A-Za-z]:)?[\\/](?:home|Users)[\\/][^\\/]+[\\/]?|~\w*/")  # its last component is a user's name
 _QUOTED = re.compile(r"""(['"])(?:~?/|[A-Za-z]:\\)[^'"\n]*\1""")
 
 
@@ -38,8 +39,10 @@ def shareable(value: Any) -> Any:
     if text.startswith(("/", "~/")) and "\n" not in text and not re.search(r"\s-|\s/|\.py\s", text):
         return _last(text)
     text = _QUOTED.sub(lambda match: match[1] + _last(match[0][1:-1]) + match[1], text)
-    return _WINDOWS.sub(lambda match: _last(match[0]), _POSIX.sub(lambda match: _last(match[0]), text))
+    return _POSIX.sub(lambda match: _last(match[0]), _WINDOWS.sub(lambda match: _last(match[0]), text))
 
 
 def _last(path: str) -> str:
+    if _HOME.fullmatch(path):
+        return "~"
     return re.split(r"[\\/]", path.rstrip("\\/"))[-1]

@@ -23,9 +23,10 @@ BASELINE_NAMES = {
     "majority": "majority class",
 }
 _KEYS = (
-    "task", "metric", "seeds", "teacher", "student_alone", "student_distilled", "baselines", "agreement", "gap_closed", "objective", "versions",
-    "config_sha256", "command", "seconds",
+    "task", "metric", "seeds", "teacher", "student_alone", "student_distilled", "baselines", "agreement", "gap_closed", "objective",
+    "versions", "config_sha256", "command", "seconds",
 )  # fmt: skip
+_ARMS = {"alone": "student_alone", "distilled": "student_distilled"}
 _MEASURED = ("parameters", "size_mb", "latency_ms")
 _MAY_BE_MISSING = ("student_alone", "agreement", "gap_closed")
 
@@ -93,11 +94,10 @@ def _plain(value: Any) -> Any:
     """Only what JSON knows: numpy and torch scalars become numbers, arrays and tuples lists, paths text."""
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (str, bool, int, float)) or value is None:
-        # bool is an int, and numpy.float64 is a float: both would pass, but only the latter has to change.
-        return value if type(value) in (str, bool, int, float, type(None)) else next(t for t in (str, int, float) if isinstance(value, t))(value)
     if hasattr(value, "tolist"):
         return _plain(value.tolist())
+    if isinstance(value, (str, bool, int, float)) or value is None:
+        return value
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_plain(entry) for entry in value]
     return str(value)
@@ -146,19 +146,21 @@ def _not_finite(value: Any, place: str = "") -> list[tuple[str, float]]:
 
 
 def results_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """`results.json` as rows of a table: teacher, student alone, student distilled, then every baseline."""
+    """`results.json` as rows of a table: teacher, student alone, student distilled, then every baseline.
+
+    `agreements` (arm to number), where `results` has it, fills that column for the other arms too.
+    """
+    results = _plain(results)
     metric = results["metric"]
-    rows = []
-    for key, name in MODEL_NAMES.items():
-        if results.get(key) is not None:
-            rows.append(_row(name, metric, results[key]))
+    rows = {key: _row(name, metric, results[key]) for key, name in MODEL_NAMES.items() if results.get(key) is not None}
     for key, entry in results["baselines"].items():
-        rows.append(_row(BASELINE_NAMES.get(key, key), metric, entry if isinstance(entry, Mapping) else {metric: entry}))
-    for row in rows:
-        distilled = row["model"] == MODEL_NAMES["student_distilled"]
-        row["agreement with teacher"] = results["agreement"] if distilled else None
-        row["gap closed"] = results["gap_closed"] if distilled else None
-    return rows
+        whole = isinstance(entry, Mapping) and "mean" not in entry
+        rows[key] = _row(BASELINE_NAMES.get(key, key), metric, entry if whole else {metric: entry})
+    agreements = {"student_distilled": results["agreement"], **{_ARMS.get(k, k): v for k, v in results.get("agreements", {}).items()}}
+    for key, row in rows.items():
+        row["agreement with teacher"] = agreements.get(key)
+        row["gap closed"] = results["gap_closed"] if key == "student_distilled" else None
+    return list(rows.values())
 
 
 def _row(name: str, metric: str, entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,6 +205,7 @@ def print_table(rows: Sequence[Mapping[str, Any]], title: str | None = None, fil
 
 def _cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]], set[str]]:
     """Column names, formatted cells, and which columns hold numbers."""
+    rows = [_plain(row) for row in rows]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     columns = [column for column in columns if column == columns[0] or any(row.get(column) is not None for row in rows)]
     numeric = {column for column in columns if all(not isinstance(row.get(column), str) for row in rows)}
@@ -220,6 +223,7 @@ def format_value(value: Any, digits: int | None = None) -> str:
         >>> [format_value(value) for value in (None, 672902, 0.6384, 2.6931, 123.456, summarise([0.5, 0.7]), True)]
         ['–', '672,902', '0.638', '2.69', '123.5', '0.600 ± 0.141', 'True']
     """
+    value = _plain(value)
     if value is None:
         return "–"
     if digits is None or abs(_mean(value) or 1) < 0.1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,11 @@ from typing import Any
 import numpy as np
 from transformers.trainer_utils import get_last_checkpoint
 
+from .benchmark import count_parameters, interleaved_latency, size_on_disk
+from .capture import Capture
+from .metrics import agreement, gap_closed
+from .plots import plot_results
+from .report import print_table, results_rows, summarise, versions, write_results
 from .trainer import DistillationTrainer
 
 
@@ -73,12 +79,14 @@ class Run:
                 shutil.rmtree(self.root / ARMS, ignore_errors=True)
             elif not overwrite and held not in (None, config_sha256):
                 raise ValueError(
-                    f"output_dir {str(self.root)!r} holds a run with other settings (config {held[:12]}, this one is {config_sha256[:12]}): going on "
+                    f"output_dir {str(self.root)!r} holds a run with other settings (config {held[:12]}, this one is "
+                    f"{config_sha256[:12]}): going on "
                     "would mix the two. Choose another --output_dir, or pass --overwrite_output_dir to start anew."
                 )
             elif not overwrite and held is None and any((self.root / name).exists() for name in ("config.json", "model.safetensors")):
                 raise ValueError(
-                    f"output_dir {str(self.root)!r} holds a model that this recipe did not write, and it would be overwritten. Choose another "
+                    f"output_dir {str(self.root)!r} holds a model that this recipe did not write, and it would be overwritten. Choose "
+                    "another "
                     "--output_dir, or pass --overwrite_output_dir."
                 )
             self.root.mkdir(parents=True, exist_ok=True)
@@ -110,6 +118,32 @@ class Run:
         """As `finish`, for a model that is not trained here."""
         return self._measure(name, trainer, 0.0)
 
+    def publish(self, arm: Arm, results: dict[str, Any], limits: str | None = None) -> None:
+        """Writes the student of `arm`, `results.json`, `results.png` and the card into the output folder, prints the table, and pushes "
+        "if asked."""
+        trainer = arm.trainer
+        trainer.args.output_dir = str(self.root)
+        trainer.save_model(str(self.root))
+        if self.args.should_save:
+            results = write_results(results, self.root / "results.json")
+            rows = results_rows(results)
+            print_table(rows, title=results["task"])
+            plot_results(results, self.root / "results.png", arm.log_history)
+            metric, seeds = results["metric"], results["seeds"]
+            trainer.card = {
+                "dataset": results["task"],
+                "results": rows,
+                "results_note": f"Mean ± standard deviation over the student's seeds {seeds}; the published student is that of seed "
+                "{seeds[0]}. "
+                f"`{results['command']}`",
+                "metric_values": {metric: arm.metrics[f"eval_{metric}"]},
+                **({"limits": limits} if limits else {}),
+            }
+        if self.args.push_to_hub:
+            trainer.push_to_hub()
+        else:
+            trainer.create_model_card()
+
     def _measure(self, name: str, trainer: DistillationTrainer, seconds: float) -> Arm:
         output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
         trainer.log_metrics("eval", output.metrics)
@@ -135,3 +169,70 @@ class Run:
         trainer.model.load_state_dict(model.state_dict())
         with np.load(folder / "predictions.npz", allow_pickle=False) as arrays:
             return Arm(name, trainer, record["metrics"], arrays["logits"], arrays["labels"], record["seconds"], record["log_history"])
+
+
+def compare_arms(
+    task: str,
+    metric: str,
+    seeds: list[int],
+    teacher: Arm,
+    arms: dict[str, list[Arm]],
+    example: dict[str, Any],
+    teacher_seconds: float,
+    baselines: dict[str, float],
+    config_sha256: str,
+    command: str,
+) -> dict[str, Any]:
+    """The contents of `results.json`: accuracy of every arm, sizes, latencies measured in turns, agreement, share of the gap closed.
+
+    Args:
+        metric: name without the `eval_` prefix.
+        arms: `alone`, `distilled` and `control` -> one [`Arm`] a seed; those but `distilled` may be empty.
+        example: one row as a batch, for the latency.
+        baselines: name -> value of `metric`.
+    """
+    models = {"teacher": teacher.model, **{name: own[0].model for name, own in arms.items() if own}}
+    latencies = interleaved_latency({name: (model, Capture(model).select_inputs(example)) for name, model in models.items()})
+
+    def entry(name: str, value) -> dict[str, Any]:
+        model = models[name]
+        return {
+            metric: value,
+            "parameters": count_parameters(model),
+            "size_mb": size_on_disk(model),
+            "latency_ms": latencies[name]["latency_ms"],
+        }
+
+    def over_seeds(name: str) -> dict[str, Any] | None:
+        own = arms.get(name)
+        return entry(name, summarise([arm.metrics[f"eval_{metric}"] for arm in own])) if own else None
+
+    teacher_value = teacher.metrics[f"eval_{metric}"]
+    alone, distilled, control = over_seeds("alone"), over_seeds("distilled"), over_seeds("control")
+    classes = teacher.logits.ndim == 2 and teacher.logits.shape[-1] > 1
+    agreements = {
+        name: statistics.fmean(agreement(arm.logits, teacher.logits) for arm in own) for name, own in arms.items() if own and classes
+    }
+    return {
+        "task": task,
+        "metric": metric,
+        "seeds": list(seeds),
+        "teacher": entry("teacher", teacher_value),
+        "student_alone": alone,
+        "student_distilled": distilled,
+        "baselines": {**({"control": control} if control else {}), **baselines},
+        "agreement": agreements.get("distilled"),
+        "agreements": agreements,
+        "gap_closed": None if alone is None else gap_closed(alone[metric]["mean"], distilled[metric]["mean"], teacher_value),
+        "objective": arms["distilled"][0].trainer.objective.describe(),
+        "versions": versions(),
+        "config_sha256": config_sha256,
+        "command": command,
+        "seconds": {
+            "teacher": teacher_seconds,
+            **{
+                name: statistics.fmean(arm.seconds for arm in arms[name]) if arms.get(name) else None
+                for name in ("alone", "distilled", "control")
+            },
+        },
+    }

@@ -57,7 +57,8 @@ def load_side_file(folder: str | os.PathLike, module: nn.Module) -> None:
     if not path.is_file():
         if own:
             raise ValueError(
-                f"{path} is missing, but the objective has {len(own)} adapter tensors: they would start from random values in the middle of the "
+                f"{path} is missing, but the objective has {len(own)} adapter tensors: they would start from random values in the middle "
+                "of the "
                 "run. Resume from a complete checkpoint, or start anew without resume_from_checkpoint."
             )
         return
@@ -70,7 +71,8 @@ def load_side_file(folder: str | os.PathLike, module: nn.Module) -> None:
     ]
     if wrong:
         raise ValueError(
-            f"The adapters in {path} do not fit this objective ({'; '.join(wrong[:3])}{'; ...' if len(wrong) > 3 else ''}): terms, layer maps or "
+            f"The adapters in {path} do not fit this objective ({'; '.join(wrong[:3])}{'; ...' if len(wrong) > 3 else ''}): terms, layer "
+            "maps or "
             "models have changed since the checkpoint. Use the settings of that run, or start anew without resume_from_checkpoint."
         )
     with torch.no_grad():

@@ -102,9 +102,7 @@ class Term:
             known = [] if term.is_task else list(inspect.signature(term.loss_class.__init__).parameters)[1:]
             for key in rest:
                 if key not in known:
-                    raise ValueError(
-                        f"The term {term.name!r} has no setting {key!r}.{_nearest(key, [*own, *known])}"
-                    )
+                    raise ValueError(f"The term {term.name!r} has no setting {key!r}.{_nearest(key, [*own, *known])}")
         return term
 
 

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 
-from .alignment import resolve_label_order, resolve_vocabulary
 from .arguments import DistillationTrainingArguments
+from .binding import build_objective
 from .capture import Capture, CapturePlan, example_batch
 from .counting import Denominators, count_units, labels_of
-from .models.anatomy import task_of, unwrap_peft
+from .hub import distillation_card
+from .models.anatomy import unwrap_peft
 from .models.layer_map import layer_map_table
-from .objective import Objective, Pairs, Part, build_objective
+from .objective import Objective, Pairs, Part
+from .part_log import EvaluationParts, TrainingParts
+from .preparation import align, check_columns, check_constructor, check_teacher, load_by_name, wrap_teacher
+from .run_card import card_fields
 from .side_file import load_side_file, read_record, save_side_file
-from .teachers import CallableTeacher, FrozenTeacher
-from .teachers.loading import load_teacher, load_tokenizer
+from .teachers import FrozenTeacher
 from .terms import Term, resolve_terms
 
 
@@ -84,27 +86,10 @@ class DistillationTrainer(Trainer):
     ):
         if args is None:
             args = DistillationTrainingArguments("tmp_trainer")
-        if not isinstance(args, DistillationTrainingArguments):
-            raise ValueError(
-                f"args is a {type(args).__name__}, which has no distillation settings. Use hfdistill.DistillationTrainingArguments; "
-                "it takes the same arguments and more."
-            )
-        if compute_loss_func is not None:
-            raise ValueError(
-                "compute_loss_func returns one number, from which no count of rows can be taken. Write the loss as a DistillationLoss and "
-                "pass objective=[Term(loss), ...]."
-            )
-        if args.label_names not in (None, ["labels"]):
-            raise ValueError(f"label_names={args.label_names} is not supported: rename the column of hard labels to 'labels'.")
-        if teacher is not None and teacher is model:
-            raise ValueError("teacher and model are the same object: freezing the teacher would freeze the student. Pass a copy.")
-        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
-                if part is not None and hasattr(part, "__len__") and len(part) == 0:
-                    raise ValueError(f"{name} is empty: there is nothing to {'train' if name == 'train_dataset' else 'evaluate'} on. Check its filters and file.")
+        check_constructor(model, args, compute_loss_func, teacher, {"train_dataset": train_dataset, "eval_dataset": eval_dataset})
         self.objective: Objective | None = None
+        self.card: dict = {}
         self._given_terms = objective
-        self._given_teacher = teacher
         super().__init__(
             model=model,
             args=args,
@@ -121,11 +106,12 @@ class DistillationTrainer(Trainer):
         )
         if self.args.n_gpu > 1:
             raise ValueError(
-                f"{self.args.n_gpu} GPUs are visible to one process, which would run DataParallel; its averaging of losses is not supported. "
-                "Start with `accelerate launch`, or show one GPU with CUDA_VISIBLE_DEVICES=0."
+                f"{self.args.n_gpu} GPUs are visible to one process, which would run DataParallel; its averaging of losses is not "
+                "supported. Start with `accelerate launch`, or show one GPU with CUDA_VISIBLE_DEVICES=0."
             )
-        self.teacher_processing_class = teacher_processing_class
-        self.teacher = self._resolve_teacher(teacher)
+        teacher, tokenizer = load_by_name(teacher, self.model, self.args, self.processing_class)
+        self.teacher_processing_class = teacher_processing_class or tokenizer
+        self.teacher = wrap_teacher(teacher, self.args, self.accelerator)
         self._bind()
         self.add_callback(_ObjectiveCallback(self))
         if (
@@ -137,91 +123,45 @@ class DistillationTrainer(Trainer):
 
     # ---- Set-up ----
 
-    def _resolve_teacher(self, teacher) -> FrozenTeacher | CallableTeacher | None:
-        if teacher is None or isinstance(teacher, (FrozenTeacher, CallableTeacher)):
-            return teacher
-        if isinstance(teacher, (str, os.PathLike)):
-            name, task = os.fspath(teacher), task_of(self.model)
-            options = self.args.teacher_model_init_kwargs or {}
-            if task == "sequence" and getattr(unwrap_peft(self.model), "main_input_name", None) == "pixel_values":
-                task = "image"
-            teacher = load_teacher(name, task, options)
-            if self.teacher_processing_class is None and isinstance(self.processing_class, PreTrainedTokenizerBase):
-                self.teacher_processing_class = load_tokenizer(name, options.get("revision"))
-        if not isinstance(teacher, nn.Module):
-            if not callable(teacher):
-                raise ValueError(f"teacher must be a module, a folder or Hub id, or a function that answers a batch, got {type(teacher).__name__}.")
-            return CallableTeacher(teacher)
-        dtype = getattr(torch, self.args.teacher_dtype) if self.args.teacher_dtype else None
-        mixed = self.args.teacher_dtype is None and self.accelerator.mixed_precision in ("bf16", "fp16")
-        return FrozenTeacher(
-            teacher,
-            device=self.args.teacher_device or self.args.device,
-            dtype=dtype,
-            batch_size=self.args.teacher_batch_size,
-            autocast=self.accelerator.autocast if mixed else nullcontext,
-        )
-
     def _bind(self, fixed_maps: Mapping[str, Pairs] | None = None) -> None:
         """Builds the objective for the current student and teacher."""
         args = self.args
         terms = resolve_terms(args, self._given_terms)
-        wants = [term.name for term in terms if not term.is_task]
-        if wants and self.teacher is None:
-            raise ValueError(
-                f"The terms {wants} compare the student with a teacher, but there is none. Pass teacher=..., or set kd_weight=0 and "
-                "the other weights but task_weight to 0 to train without one."
-            )
+        check_teacher(terms, self.teacher)
         if self.objective is not None:
             self.student.release()
         self.student = Capture(self.model, "student")
         teacher = self.teacher.capture if isinstance(self.teacher, FrozenTeacher) else None
         self._signature_columns = None
-        self._check_columns(terms)
-        example, labels_dtype = self._example()
-        calibration = None
-        if "similar" in [args.layer_map, *(term.layer_map for term in terms if isinstance(term.layer_map, str))]:
-            calibration = self._collate(args.calibration_samples)
+        if args.remove_unused_columns:
+            plain = type(self.data_collator).__name__ in ("DataCollatorWithPadding", "function")
+            check_columns(self.model, self.train_dataset, terms, collates_labels=not plain)
+        example = self._collate(2)
+        labels = None if example is None else labels_of(example)
+        maps = [args.layer_map, *(term.layer_map for term in terms if isinstance(term.layer_map, str))]
         config = getattr(unwrap_peft(self.model), "config", None)
         self.objective = build_objective(
             terms,
             self.student,
             teacher,
             args,
-            example,
-            labels_dtype=labels_dtype,
+            example_batch(self.model) if example is None else example,
+            labels_dtype=None if labels is None else labels.dtype,
             recorded=(getattr(config, "distilled_from", None) or {}).get("layers"),
-            calibration=calibration,
+            calibration=self._collate(args.calibration_samples) if "similar" in maps else None,
             fixed_maps=fixed_maps,
         ).to(args.device)
         if config is not None and self.objective.problem_type and getattr(config, "problem_type", None) is None:
             config.problem_type = self.objective.problem_type  # the stock forward pass would have set it; pipelines read it
         if any(True for _ in self.objective.parameters()) and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError(
-                "Adapters are not sharded by FSDP or DeepSpeed. Use DDP (recipes/accelerate/multi_gpu.yaml), or a student as wide as the teacher."
+                "Adapters are not sharded by FSDP or DeepSpeed. Use DDP (recipes/accelerate/multi_gpu.yaml), or a student as wide as the "
+                "teacher."
             )
-        self._align(teacher)
+        align(self.objective, self.student, teacher, args, self.processing_class, self.teacher_processing_class)
         self._window: Window | None = None
         self._check_counts = True
-        self._notes: dict[str, Tensor] = {}
-        self._steps: dict[str, int] = {}
-        self._eval_notes: dict[str, tuple[float, Tensor, Tensor]] = {}
-
-    def _align(self, teacher: Capture | None) -> None:
-        """Label order and vocabulary of the two models."""
-        student_config = getattr(self.student.inner, "config", None)
-        teacher_config = getattr(teacher.inner, "config", None) if teacher is not None else None
-        if student_config is None or teacher_config is None:
-            return
-        uses_logits = any(term.signal == "logits" and not term.term.is_task for term in self.objective.terms.values())
-        if uses_logits and self.objective.task in ("sequence", "token"):
-            self.objective.label_order = resolve_label_order(student_config, teacher_config, self.args.teacher_label_order)
-        sizes = [getattr(config, "vocab_size", None) for config in (student_config, teacher_config)]
-        if None not in sizes:
-            tokenizers = [t if isinstance(t, PreTrainedTokenizerBase) else None for t in (self.processing_class, self.teacher_processing_class)]
-            shared = resolve_vocabulary(*sizes, *tokenizers)
-            if self.objective.task in ("masked_lm", "causal_lm"):
-                self.objective.vocabulary = shared
+        self._training_parts, self._evaluation_parts = TrainingParts(), EvaluationParts()
 
     def _collate(self, count: int) -> dict | None:
         """The first samples of the training data as a batch on the device; random states are left as they were."""
@@ -231,31 +171,6 @@ class DistillationTrainer(Trainer):
         with torch.random.fork_rng(devices=[]):
             batch = collate([self.train_dataset[i] for i in range(min(count, len(self.train_dataset)))])
         return dict(self._prepare_inputs(batch))
-
-    def _example(self) -> tuple[Mapping, torch.dtype | None]:
-        """A tiny batch for shapes, and the dtype of the labels where there is data."""
-        batch = self._collate(2)
-        labels = labels_of(batch) if batch is not None else None
-        if batch is None:
-            batch = example_batch(self.model)
-        return batch, None if labels is None else labels.dtype
-
-    def _check_columns(self, terms: list[Term]) -> None:
-        names = getattr(self.train_dataset, "column_names", None)
-        if not names or not self.args.remove_unused_columns:
-            return
-        main = getattr(unwrap_peft(self.model), "main_input_name", None)
-        if main is not None and main not in names and "inputs_embeds" not in names:
-            raise ValueError(
-                f"The training data has no column {main!r}, only {sorted(names)}: the student would get no input. Tokenize or preprocess it first "
-                f"(dataset.map), or name the column {main!r}."
-            )
-        if any(term.is_task for term in terms) and not set(names) & {"label", "labels", "label_ids"} and self.objective is None:
-            if type(self.data_collator).__name__ in ("DataCollatorWithPadding", "function"):
-                raise ValueError(
-                    f"The training data has no column 'labels' or 'label', only {sorted(names)}, but the objective has a task term. Add labels "
-                    "(-100 where one is missing), or set task_weight to 0 to learn from the teacher alone."
-                )
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -281,8 +196,7 @@ class DistillationTrainer(Trainer):
         reduce = self.accelerator.reduce if self.accelerator.num_processes > 1 else None
         counts = Denominators(batches, units, self.objective.task, self.objective.problem_type, device, reduce)
         self._window = Window(progress, pairs, *self.objective.plans(pairs, progress), counts)
-        for term, _ in self.objective.active(progress):
-            self._steps[term.name] = self._steps.get(term.name, 0) + 1
+        self._training_parts.begin_step(term.name for term, _ in self.objective.active(progress))
         return batches, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -297,16 +211,17 @@ class DistillationTrainer(Trainer):
             if training:
                 # The trainer averages gradients over ranks, the denominators already count all of them.
                 loss = loss * self.accelerator.num_processes
-                self._note(parts)
+                self._training_parts.add(parts)
             else:
                 for part in parts:
-                    self._note_evaluation(part.name, part.weight, part.totals, part.counts, self.objective.terms[part.name].reduction)
+                    reduction = self.objective.terms[part.name].reduction
+                    self._evaluation_parts.add(part.name, part.weight, part.totals, part.counts, reduction)
         else:
             logits = self.student(inputs, CapturePlan(), forward=model).logits
             total, count, _ = self.objective.task_value(logits, labels_of(inputs))
             loss = total / count.clamp(min=1)
             if not model.training:
-                self._note_evaluation("task", 1.0, total.detach()[None], count[None], "mean")
+                self._evaluation_parts.add("task", 1.0, total.detach()[None], count[None])
         return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
 
     def _parts(self, model, inputs, window: Window | None) -> tuple[Tensor, list[Part]]:
@@ -315,7 +230,10 @@ class DistillationTrainer(Trainer):
             plans, denominators = self.objective.plans(pairs, progress), None
         else:
             progress, pairs, plans, denominators = (
-                window.progress, window.pairs, (window.student_plan, window.teacher_plan), window.denominators,
+                window.progress,
+                window.pairs,
+                (window.student_plan, window.teacher_plan),
+                window.denominators,
             )
         student_plan = plans[0] if window is not None else plans[0].union(CapturePlan())
         student = self.student(inputs, student_plan, forward=model)
@@ -335,8 +253,10 @@ class DistillationTrainer(Trainer):
                 expected = count_units(inputs, [unit], self.objective.task, self.objective.problem_type)[unit]
                 if expected is not None and int(expected) != int(seen):
                     raise ValueError(
-                        f"The term {part.name!r} compared {int(seen)} rows ({unit.kind}) of the first batch, but {int(expected)} were expected from "
-                        f"its masks{'' if pair is None else f' at student block {pair[0]}, teacher block {pair[1]}'}: the loss would be scaled "
+                        f"The term {part.name!r} compared {int(seen)} rows ({unit.kind}) of the first batch, but {int(expected)} were "
+                        "expected from "
+                        f"its masks{'' if pair is None else f' at student block {pair[0]}, teacher block {pair[1]}'}: the loss would be "
+                        "scaled "
                         "wrongly. The two models mask the input differently; remove this term, and please report the architectures."
                     )
 
@@ -386,32 +306,17 @@ class DistillationTrainer(Trainer):
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
-        self._eval_notes = {}
+        self._evaluation_parts = EvaluationParts()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        if self._eval_notes:
+        sums = self._evaluation_parts.collect(self._reduce)
+        if sums is not None:
             # Exact over the data set: the trainer's own eval_loss averages batch means, whatever their number of rows.
-            whole = 0.0
-            for name, (weight, reduction, sums) in sorted(self._eval_notes.items()):
-                totals, counts = self._reduce(sums)
-                values = totals / counts.clamp(min=1)
-                value = float(values.sum() if reduction == "sum" else values.mean())
-                whole += weight * value
-                if self.args.eval_with_teacher:
-                    output.metrics[f"{metric_key_prefix}_{name}"] = value
-            output.metrics[f"{metric_key_prefix}_loss"] = whole
+            output.metrics[f"{metric_key_prefix}_loss"], values = sums
+            if self.args.eval_with_teacher:
+                output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
         return output
 
-    def _note_evaluation(self, name: str, weight: float, totals: Tensor, counts: Tensor, reduction: str) -> None:
-        sums = torch.stack([totals.float(), counts.float()]).double() if totals.device.type != "mps" else torch.stack([totals.float(), counts.float()])
-        before = self._eval_notes[name][2] if name in self._eval_notes else 0
-        self._eval_notes[name] = (weight, reduction, before + sums)
-
     # ---- Logging ----
-
-    def _note(self, parts: list[Part]) -> None:
-        for part in parts:
-            pair = torch.stack([part.value.detach(), part.weight * part.value.detach()])
-            self._notes[part.name] = self._notes.get(part.name, 0) + pair
 
     def _reduce(self, tensor: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:
@@ -420,14 +325,8 @@ class DistillationTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         """Adds every loss part, unweighted and weighted: the weighted ones sum to `loss`."""
-        if "loss" in logs and self._notes:
-            names = sorted(self._notes)
-            table = self._reduce(torch.stack([self._notes[name] for name in names])).tolist()
-            for name, (value, weighted) in zip(names, table):
-                logs[name] = value / self._steps[name]
-                logs[f"{name}_weighted"] = weighted / self._steps[name]
-            logs.update(self._scheduled_values())
-            self._notes, self._steps = {}, {}
+        if "loss" in logs and (parts := self._training_parts.collect(self._reduce)):
+            logs.update(parts, **self._scheduled_values())
         super().log(logs, start_time)
 
     def _scheduled_values(self) -> dict[str, float]:
@@ -472,7 +371,8 @@ class DistillationTrainer(Trainer):
             if changed - by_similarity:
                 name = sorted(changed - by_similarity)[0]
                 raise ValueError(
-                    f"The checkpoint {os.path.basename(folder)} was trained with layer map {saved.get(name, 'none')} for the term {name!r}, now it is "
+                    f"The checkpoint {os.path.basename(folder)} was trained with layer map {saved.get(name, 'none')} for the term "
+                    f"{name!r}, now it is "
                     f"{now.get(name, 'none')}. Use the settings of that run, or start anew without resume_from_checkpoint."
                 )
             if by_similarity:  # chosen on the untrained student: the choice of the run goes on
@@ -482,6 +382,40 @@ class DistillationTrainer(Trainer):
     def _layer_map_of(self, name: str):
         own = self.objective.terms[name].term.layer_map
         return self.args.layer_map if own is None else own
+
+    # ---- The Hub ----
+
+    def create_model_card(
+        self,
+        language=None,
+        license=None,
+        tags=None,
+        model_name=None,
+        finetuned_from=None,
+        tasks=None,
+        dataset_tags=None,
+        dataset=None,
+        dataset_args=None,
+    ):
+        """Writes `README.md` into `output_dir`: teacher, objective as resolved, layer maps, data, settings, results.
+
+        What the trainer cannot know (results over seeds, limits, ...) is taken from `trainer.card`, a dict of
+        [`CardContext`] fields, which wins over what the trainer finds. The arguments are those of `Trainer`.
+        """
+        if not self.is_world_process_zero():
+            return
+        given = {
+            "student_name": model_name,
+            "base_model": finetuned_from,
+            "dataset": ", ".join([dataset] if isinstance(dataset, str) else dataset or []),
+            "dataset_ids": dataset_tags,
+            "pipeline_tag": tasks if isinstance(tasks, str) or not tasks else tasks[0],
+            "license": license,
+            "language": language,
+            "tags": [tags] if isinstance(tags, str) else tags,
+        }
+        context = {**card_fields(self), **{name: value for name, value in given.items() if value}, **self.card}
+        distillation_card(context).save(os.path.join(self.args.output_dir, "README.md"))
 
     def layer_map_tables(self) -> dict[str, str]:
         """Markdown table of the layer map of each term that has one."""

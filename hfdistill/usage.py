@@ -32,9 +32,9 @@ class Option(NamedTuple):
 def usage(entries: tuple[type | str, ...], description: str | None = None) -> str:
     """The help text of a program whose flags are the fields of `entries`: dataclasses, or names of public ones."""
     program = os.path.basename(sys.argv[0])
-    parser = argparse.ArgumentParser(
-        prog=program, usage=f"{program} [--config FILE.yaml] [--FLAG VALUE ...]", description=description, add_help=False, allow_abbrev=False
-    )
+    synopsis = f"{program} [--config FILE.yaml] [--FLAG VALUE ...]"
+    keep_lines = argparse.RawDescriptionHelpFormatter  # the description is often a module's docstring
+    parser = argparse.ArgumentParser(prog=program, usage=synopsis, description=description, add_help=False, formatter_class=keep_lines)
     parser.add_argument("-h", "--help", action="help", help="Show this text and exit.")
     parser.add_argument("--config", metavar="FILE", help="A YAML file with flag names as keys; flags on the command line win over it.")
     for entry in entries:

@@ -19,10 +19,17 @@ def message(text: str) -> str:
 
 
 def build(tmp_path, student=None, teacher=None, data=None, **options):
-    extra = {k: options.pop(k) for k in ("processing_class", "teacher_processing_class", "objective", "compute_loss_func", "eval_dataset", "data_collator") if k in options}
+    extra = {
+        k: options.pop(k)
+        for k in ("processing_class", "teacher_processing_class", "objective", "compute_loss_func", "eval_dataset", "data_collator")
+        if k in options
+    }
     return DistillationTrainer(
-        model=student if student is not None else families.build("bert", 2), teacher=teacher if teacher is not None else families.build("bert", 4),
-        args=arguments(tmp_path, **options), train_dataset=data if data is not None else ragged("bert"), **{"data_collator": pad, **extra},
+        model=student if student is not None else families.build("bert", 2),
+        teacher=teacher if teacher is not None else families.build("bert", 4),
+        args=arguments(tmp_path, **options),
+        train_dataset=data if data is not None else ragged("bert"),
+        **{"data_collator": pad, **extra},
     )
 
 
@@ -33,36 +40,52 @@ def test_label_sets_that_differ(tmp_path):
     student, teacher = families.build("bert", 2), families.build("bert", 4)
     for model, names in ((student, ["no", "maybe", "yes"]), (teacher, ["no", "perhaps", "yes"])):
         model.config.id2label = dict(enumerate(names))
-    with pytest.raises(ValueError, match=message(
-        "The label sets differ: only the student has ['maybe'], only the teacher ['perhaps']. Columns of the teacher's logits would be matched to "
-        "other labels. Rename the labels in config.id2label, or set teacher_label_order='by_index' if they mean the same."
-    )):
+    with pytest.raises(
+        ValueError,
+        match=message(
+            "The label sets differ: only the student has ['maybe'], only the teacher ['perhaps']. Columns of the teacher's logits would "
+            "be matched to "
+            "other labels. Rename the labels in config.id2label, or set teacher_label_order='by_index' if they mean the same."
+        ),
+    ):
         build(tmp_path, student, teacher)
     build(tmp_path, student, teacher, teacher_label_order="by_index")
 
 
 def test_label_counts_that_differ(tmp_path):
-    with pytest.raises(ValueError, match=message(
-        "The student has 3 labels ['LABEL_0', 'LABEL_1', 'LABEL_2'] and the teacher 2 ['LABEL_0', 'LABEL_1']: their logits cannot be compared."
-    )):
+    with pytest.raises(
+        ValueError,
+        match=message(
+            "The student has 3 labels ['LABEL_0', 'LABEL_1', 'LABEL_2'] and the teacher 2 ['LABEL_0', 'LABEL_1']: their logits cannot be "
+            "compared."
+        ),
+    ):
         build(tmp_path, teacher=families.build("bert", 4, num_labels=2))
 
 
 def test_labels_that_only_one_side_names(tmp_path):
     teacher = families.build("bert", 4)
     teacher.config.id2label = dict(enumerate(["contradiction", "neutral", "entailment"]))
-    with pytest.raises(ValueError, match=message(
-        "The teacher names its labels ['contradiction', 'neutral', 'entailment'] and the student only LABEL_0, LABEL_1, ...: whether they are in the "
-        "same order cannot be checked, and a wrong order trains a wrong student. Set student.config.id2label, or teacher_label_order='by_index'"
-    )):
+    with pytest.raises(
+        ValueError,
+        match=message(
+            "The teacher names its labels ['contradiction', 'neutral', 'entailment'] and the student only LABEL_0, LABEL_1, ...: whether "
+            "they are in the "
+            "same order cannot be checked, and a wrong order trains a wrong student. Set student.config.id2label, or "
+            "teacher_label_order='by_index'"
+        ),
+    ):
         build(tmp_path, teacher=teacher)
 
 
 def test_different_vocabularies(tmp_path):
-    with pytest.raises(ValueError, match=message(
-        "The vocabularies differ: student 64, teacher 70. If only the padding differs, pass both tokenizers (processing_class and "
-        "teacher_processing_class) so that it can be checked; otherwise use a student with the teacher's tokenizer."
-    )):
+    with pytest.raises(
+        ValueError,
+        match=message(
+            "The vocabularies differ: student 64, teacher 70. If only the padding differs, pass both tokenizers (processing_class and "
+            "teacher_processing_class) so that it can be checked; otherwise use a student with the teacher's tokenizer."
+        ),
+    ):
         build(tmp_path, teacher=families.build("bert", 4, vocab_size=70))
 
 
@@ -70,11 +93,16 @@ def test_different_tokenizers_of_one_size(tmp_path):
     from hfdistill.data.tokenizer import train_wordpiece
 
     ours, theirs = train_wordpiece(["to be or not to be"], vocab_size=40), train_wordpiece(["that is the question"], vocab_size=40)
-    with pytest.raises(ValueError, match=r"^Student and teacher tokenizers differ in \d+ tokens \(.*student / teacher id\). The teacher would read other words"):
+    with pytest.raises(
+        ValueError,
+        match=r"^Student and teacher tokenizers differ in \d+ tokens \(.*student / teacher id\). The teacher would read other words",
+    ):
         build(tmp_path, processing_class=ours, teacher_processing_class=theirs)
 
 
-@pytest.mark.parametrize("layer_map,words", [("0:0,1:9", ["9", "0 to 3"]), ("0:1,7:3", ["7", "0 to 1"]), ("unifrom", ["unifrom", "'uniform'"]), ("0-1", ["0-1"])])
+@pytest.mark.parametrize(
+    "layer_map,words", [("0:0,1:9", ["9", "0 to 3"]), ("0:1,7:3", ["7", "0 to 1"]), ("unifrom", ["unifrom", "'uniform'"]), ("0-1", ["0-1"])]
+)
 def test_layers_out_of_range_or_unreadable(layer_map, words, tmp_path):
     with pytest.raises(ValueError) as error:
         build(tmp_path, hidden_weight=1.0, layer_map=layer_map)
@@ -85,26 +113,43 @@ def test_attention_of_a_model_that_has_none(tmp_path):
     from transformers import ResNetConfig, ResNetForImageClassification
 
     def resnet():
-        return ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3, layer_type="basic")).eval()
+        return ResNetForImageClassification(
+            ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3, layer_type="basic")
+        ).eval()
 
-    with pytest.raises(ValueError, match=message(
-        "The student (ResNetForImageClassification) has no attention that can be read: it calls neither Transformers' attention interface nor one "
-        "softmax per block. Set attention_weight to 0 or remove the attention term; hidden_weight works with any architecture."
-    )):
-        build(tmp_path, resnet(), resnet(), data=Rows({"pixel_values": torch.randn(8, 3, 32, 32), "labels": torch.zeros(8, dtype=torch.long)}), attention_weight=1.0)
+    with pytest.raises(
+        ValueError,
+        match=message(
+            "The student (ResNetForImageClassification) has no attention that can be read: it calls neither Transformers' attention "
+            "interface nor one "
+            "softmax per block. Set attention_weight to 0 or remove the attention term; hidden_weight works with any architecture."
+        ),
+    ):
+        build(
+            tmp_path,
+            resnet(),
+            resnet(),
+            data=Rows({"pixel_values": torch.randn(8, 3, 32, 32), "labels": torch.zeros(8, dtype=torch.long)}),
+            attention_weight=1.0,
+        )
 
 
 def test_unequal_heads(tmp_path):
-    with pytest.raises(ValueError, match=message(
-        "The student has 2 attention heads at block 0 and the teacher 4 at block 1, so maps cannot be compared head by head. Set "
-        "attention_heads='mean' (heads are averaged first), or give the student as many heads."
-    )):
+    with pytest.raises(
+        ValueError,
+        match=message(
+            "The student has 2 attention heads at block 0 and the teacher 4 at block 1, so maps cannot be compared head by head. Set "
+            "attention_heads='mean' (heads are averaged first), or give the student as many heads."
+        ),
+    ):
         build(tmp_path, families.build("bert", 2, num_attention_heads=2), attention_weight=1.0)
     build(tmp_path, families.build("bert", 2, num_attention_heads=2), attention_weight=1.0, attention_heads="mean")
 
 
 def test_images_cut_into_different_numbers_of_positions(tmp_path):
-    with pytest.raises(ValueError, match=r"^The term 'hidden' compares student tensors of shape \(2, 6, 32\) with teacher tensors of shape \(2, 5, 32\)"):
+    with pytest.raises(
+        ValueError, match=r"^The term 'hidden' compares student tensors of shape \(2, 6, 32\) with teacher tensors of shape \(2, 5, 32\)"
+    ):
         build(tmp_path, families.build("deit", 2), families.build("vit", 4), data=ragged("vit"), hidden_weight=1.0)
 
 
@@ -119,7 +164,8 @@ def test_a_teacher_in_training_mode_is_put_into_eval_mode_with_a_warning(tmp_pat
         build(tmp_path, teacher=teacher)
     assert not teacher.training
     assert [record.getMessage() for record in caplog.records] == [
-        "The teacher (BertForSequenceClassification) was in training mode: its dropout would have made its targets random. It has been put in eval mode."
+        "The teacher (BertForSequenceClassification) was in training mode: its dropout would have made its targets random. It has been "
+        "put in eval mode."
     ]
 
 
@@ -131,25 +177,33 @@ def test_a_correct_setup_is_silent(tmp_path, caplog, recwarn):
 
 
 def test_no_teacher_although_terms_need_one(tmp_path):
-    with pytest.raises(ValueError, match=message(
-        "The terms ['kd'] compare the student with a teacher, but there is none. Pass teacher=..., or set kd_weight=0"
-    )):
+    with pytest.raises(
+        ValueError,
+        match=message("The terms ['kd'] compare the student with a teacher, but there is none. Pass teacher=..., or set kd_weight=0"),
+    ):
         DistillationTrainer(model=families.build("bert", 2), args=arguments(tmp_path), train_dataset=ragged("bert"), data_collator=pad)
 
 
 def test_teacher_that_is_the_student(tmp_path):
     model = families.build("bert", 2)
-    with pytest.raises(ValueError, match="^teacher and model are the same object: freezing the teacher would freeze the student. Pass a copy.$"):
+    with pytest.raises(
+        ValueError, match="^teacher and model are the same object: freezing the teacher would freeze the student. Pass a copy.$"
+    ):
         build(tmp_path, model, model)
 
 
 def test_teacher_name_that_cannot_be_found(tmp_path):
-    with pytest.raises(ValueError, match=r"^The teacher 'nobody/nothing' is neither a folder with a model nor a Hub id that can be reached.*hf download"):
+    with pytest.raises(
+        ValueError, match=r"^The teacher 'nobody/nothing' is neither a folder with a model nor a Hub id that can be reached.*hf download"
+    ):
         build(tmp_path, teacher="nobody/nothing")
 
 
 def test_teacher_function_without_what_a_term_needs(tmp_path):
-    with pytest.raises(ValueError, match="^The term 'hidden' compares layers, but the teacher is a function, whose layers are not known. Pass the teacher as a module"):
+    with pytest.raises(
+        ValueError,
+        match="^The term 'hidden' compares layers, but the teacher is a function, whose layers are not known. Pass the teacher as a module",
+    ):
         build(tmp_path, teacher=lambda batch: torch.zeros(8, 3), hidden_weight=1.0)
 
 
@@ -163,7 +217,7 @@ def test_question_answering_is_refused(tmp_path):
 
 @pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf")])
 def test_negative_or_not_finite_weights(value, tmp_path):
-    text = f"hidden_weight must be a finite number >= 0, got {value!r}: a negative weight would push the student away from the teacher. Use 0 to turn the term off."
+    text = f"hidden_weight must be a finite number >= 0, got {value!r}: a negative weight would push the student away from the teacher."
     with pytest.raises(ValueError, match=message(text)):
         DistillationTrainingArguments(str(tmp_path), hidden_weight=value)
     with pytest.raises(ValueError):
@@ -183,14 +237,18 @@ def test_a_temperature_schedule_that_reaches_zero(tmp_path):
 
 
 def test_all_weights_zero(tmp_path):
-    with pytest.raises(ValueError, match="^All weights are zero, so the loss is 0 and nothing would be learnt. Set at least one of task_weight, kd_weight"):
+    with pytest.raises(
+        ValueError, match="^All weights are zero, so the loss is 0 and nothing would be learnt. Set at least one of task_weight, kd_weight"
+    ):
         DistillationTrainingArguments(str(tmp_path), task_weight=0, kd_weight=0)
     with pytest.raises(ValueError, match="^All weights are zero"):
         build(tmp_path, objective=[Term("task", weight=0.0)])
 
 
 def test_a_hub_token_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="^hub_token would be written in clear into training_args.bin, and that file is pushed. Leave it out"):
+    with pytest.raises(
+        ValueError, match="^hub_token would be written in clear into training_args.bin, and that file is pushed. Leave it out"
+    ):
         DistillationTrainingArguments(str(tmp_path), hub_token="hf_secret")
 
 
@@ -208,15 +266,23 @@ def test_empty_dataset(tmp_path):
 def test_missing_columns(tmp_path):
     from datasets import Dataset
 
-    with pytest.raises(ValueError, match=message(
-        "The training data has no column 'input_ids', only ['label', 'text']: the student would get no input. Tokenize or preprocess it first "
-        "(dataset.map), or name the column 'input_ids'."
-    )):
+    with pytest.raises(
+        ValueError,
+        match=message(
+            "The training data has no column 'input_ids', only ['label', 'text']: the student would get no input. Tokenize or preprocess "
+            "it first "
+            "(dataset.map), or name the column 'input_ids'."
+        ),
+    ):
         build(tmp_path, data=Dataset.from_dict({"text": ["a"], "label": [0]}))
-    with pytest.raises(ValueError, match=message(
-        "The training data has no column 'labels' or 'label', only ['input_ids'], but the objective has a task term. Add labels (-100 where one is "
-        "missing), or set task_weight to 0 to learn from the teacher alone."
-    )):
+    with pytest.raises(
+        ValueError,
+        match=message(
+            "The training data has no column 'labels' or 'label', only ['input_ids'], but the objective has a task term. Add labels "
+            "(-100 where one is "
+            "missing), or set task_weight to 0 to learn from the teacher alone."
+        ),
+    ):
         build(tmp_path, data=Dataset.from_dict({"input_ids": [[5, 6]]}), data_collator=None)
 
 
@@ -251,7 +317,9 @@ def test_typos_in_objective_and_schedules(tmp_path):
 def test_plain_training_arguments(tmp_path):
     from transformers import TrainingArguments
 
-    with pytest.raises(ValueError, match="^args is a TrainingArguments, which has no distillation settings. Use hfdistill.DistillationTrainingArguments"):
+    with pytest.raises(
+        ValueError, match="^args is a TrainingArguments, which has no distillation settings. Use hfdistill.DistillationTrainingArguments"
+    ):
         DistillationTrainer(model=families.build("bert", 2), args=TrainingArguments(str(tmp_path)))
 
 
@@ -264,15 +332,25 @@ def test_a_loss_function_instead_of_a_term(tmp_path):
 
 
 def checkpoint(tmp_path, **options):
-    run(families.build("bert", 2, seed=1), families.build("bert", 4, seed=2, hidden_size=48), ragged("bert"),
-        arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1, **options))
+    run(
+        families.build("bert", 2, seed=1),
+        families.build("bert", 4, seed=2, hidden_size=48),
+        ragged("bert"),
+        arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1, **options),
+    )
     return str(tmp_path / "checkpoint-1")
 
 
 def test_a_checkpoint_whose_adapters_do_not_fit(tmp_path):
     folder = checkpoint(tmp_path, hidden_weight=1.0)
     with pytest.raises(ValueError) as error:
-        run(families.build("bert", 2), families.build("bert", 4, hidden_size=40), ragged("bert"), arguments(tmp_path, max_steps=2, hidden_weight=1.0), resume=folder)
+        run(
+            families.build("bert", 2),
+            families.build("bert", 4, hidden_size=40),
+            ragged("bert"),
+            arguments(tmp_path, max_steps=2, hidden_weight=1.0),
+            resume=folder,
+        )
     text = str(error.value)
     assert "distillation_state.safetensors do not fit this objective (terms.hidden.adapters.0.bias: checkpoint (48,), now (40,)" in text
     assert text.endswith("Use the settings of that run, or start anew without resume_from_checkpoint.")
@@ -280,15 +358,32 @@ def test_a_checkpoint_whose_adapters_do_not_fit(tmp_path):
 
 def test_a_checkpoint_with_another_layer_map(tmp_path):
     folder = checkpoint(tmp_path, hidden_weight=1.0)
-    with pytest.raises(ValueError, match=re.escape("was trained with layer map [(0, 1), (1, 3)] for the term 'hidden', now it is [(0, 2), (1, 3)]")):
-        run(families.build("bert", 2), families.build("bert", 4, hidden_size=48), ragged("bert"), arguments(tmp_path, max_steps=2, hidden_weight=1.0, layer_map="last"), resume=folder)
+    with pytest.raises(
+        ValueError, match=re.escape("was trained with layer map [(0, 1), (1, 3)] for the term 'hidden', now it is [(0, 2), (1, 3)]")
+    ):
+        run(
+            families.build("bert", 2),
+            families.build("bert", 4, hidden_size=48),
+            ragged("bert"),
+            arguments(tmp_path, max_steps=2, hidden_weight=1.0, layer_map="last"),
+            resume=folder,
+        )
 
 
 def test_a_checkpoint_without_its_adapters(tmp_path):
     folder = checkpoint(tmp_path, hidden_weight=1.0)
     (tmp_path / "checkpoint-1/distillation_state.safetensors").unlink()
-    with pytest.raises(ValueError, match="is missing, but the objective has 4 adapter tensors: they would start from random values in the middle of the run"):
-        run(families.build("bert", 2), families.build("bert", 4, hidden_size=48), ragged("bert"), arguments(tmp_path, max_steps=2, hidden_weight=1.0), resume=folder)
+    with pytest.raises(
+        ValueError,
+        match="is missing, but the objective has 4 adapter tensors: they would start from random values in the middle of the run",
+    ):
+        run(
+            families.build("bert", 2),
+            families.build("bert", 4, hidden_size=48),
+            ragged("bert"),
+            arguments(tmp_path, max_steps=2, hidden_weight=1.0),
+            resume=folder,
+        )
 
 
 def test_a_damaged_side_file(tmp_path):
@@ -296,14 +391,21 @@ def test_a_damaged_side_file(tmp_path):
     path = tmp_path / "checkpoint-1/distillation_state.safetensors"
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ValueError, match=r"distillation_state.safetensors is damaged .* Resume from an earlier checkpoint."):
-        run(families.build("bert", 2), families.build("bert", 4, hidden_size=48), ragged("bert"), arguments(tmp_path, max_steps=2, hidden_weight=1.0), resume=folder)
+        run(
+            families.build("bert", 2),
+            families.build("bert", 4, hidden_size=48),
+            ragged("bert"),
+            arguments(tmp_path, max_steps=2, hidden_weight=1.0),
+            resume=folder,
+        )
 
 
 def test_an_output_folder_that_holds_another_run(tmp_path):
     args = arguments(tmp_path / "out")
     Run(args, "a" * 64)
     Run(args, "a" * 64)
-    text = f"output_dir {str(tmp_path / 'out')!r} holds a run with other settings (config aaaaaaaaaaaa, this one is bbbbbbbbbbbb): going on would mix the two."
+    folder = str(tmp_path / "out")
+    text = f"output_dir {folder!r} holds a run with other settings (config aaaaaaaaaaaa, this one is bbbbbbbbbbbb): going on would mix"
     with pytest.raises(ValueError, match=message(text)):
         Run(args, "b" * 64)
     Run(args, "b" * 64, overwrite=True)

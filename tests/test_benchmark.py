@@ -31,7 +31,9 @@ ROW = {"x": torch.zeros(1, 2)}
 
 
 def test_parameters_and_bytes():
-    config = dict(vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=12)
+    config = dict(
+        vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=12
+    )
     model = BertForMaskedLM(BertConfig(**config))
     embeddings = (50 + 12 + 2) * 8 + 16
     block = 4 * (8 * 8 + 8) + 16 + (8 * 16 + 16) + (16 * 8 + 8) + 16

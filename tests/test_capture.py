@@ -13,9 +13,7 @@ from hfdistill.capture import Capture, CapturePlan, example_batch
 from hfdistill.signals import Signals
 
 
-EVERYTHING = CapturePlan(
-    logits=True, embeddings=True, pooled=True, hidden_states=frozenset({0, 2}), attention_scores=frozenset({1, 2})
-)
+EVERYTHING = CapturePlan(logits=True, embeddings=True, pooled=True, hidden_states=frozenset({0, 2}), attention_scores=frozenset({1, 2}))
 
 
 def captured(model, batch, plan=EVERYTHING, require=True) -> tuple[Capture, Signals]:

@@ -9,7 +9,9 @@ from hfdistill.counting import Denominators, Unit, count_pairs, count_units, val
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=3), st.booleans(), st.sampled_from([None, 1, 2, 4, 9]))
+@given(
+    st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=3), st.booleans(), st.sampled_from([None, 1, 2, 4, 9])
+)
 def test_pairs_are_counted_as_a_double_loop_does(rows, causal, window):
     tokens = torch.tensor(rows)
     expected = sum(
@@ -61,6 +63,9 @@ def test_counts_stay_exact_beyond_fp32():
     assert int(total.of(Unit("samples"), torch.tensor(1), 1)) == 2**24 + 1
 
 
-@pytest.mark.parametrize("a,b,expected", [((True, None), (False, 4), (True, 4)), ((False, 3), (False, 5), (False, 3)), ((False, None), (False, None), (False, None))])
+@pytest.mark.parametrize(
+    "a,b,expected",
+    [((True, None), (False, 4), (True, 4)), ((False, 3), (False, 5), (False, 3)), ((False, None), (False, None), (False, None))],
+)
 def test_patterns_intersect(a, b, expected):
     assert Unit("pairs", *a).intersect(Unit("pairs", *b)) == Unit("pairs", *expected)

@@ -64,7 +64,9 @@ def token_rows(family, seed=1):
     return data
 
 
-@pytest.mark.parametrize("family,head", [("bert", "MaskedLM"), ("bert", "TokenClassification"), ("gpt2", "LMHeadModel"), ("llama", "CausalLM")])
+@pytest.mark.parametrize(
+    "family,head", [("bert", "MaskedLM"), ("bert", "TokenClassification"), ("gpt2", "LMHeadModel"), ("llama", "CausalLM")]
+)
 @pytest.mark.parametrize("positions", ["all", "labelled"])
 def test_token_and_language_models_too(family, head, positions, tmp_path):
     options = dict(kd_positions=positions, **ALL_TERMS)
@@ -95,7 +97,9 @@ def test_unlabelled_rows_count_for_the_teacher_but_not_for_the_task(tmp_path):
 
 def test_gradient_equals_one_written_by_hand(tmp_path):
     """Plain PyTorch on the whole batch, from eager outputs, without any of our losses, capture or counting."""
-    _, ours = first_gradient("bert", tmp_path, 2, 4, False, task_weight=0.5, kd_weight=0.7, temperature=3.0, hidden_weight=0.3, attention_weight=0.6)
+    _, ours = first_gradient(
+        "bert", tmp_path, 2, 4, False, task_weight=0.5, kd_weight=0.7, temperature=3.0, hidden_weight=0.3, attention_weight=0.6
+    )
     student = families.build("bert", 2, seed=1, **without_dropout("bert"))
     teacher = families.build("bert", 4, seed=2)
     for model in (student, teacher):

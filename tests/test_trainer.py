@@ -43,7 +43,15 @@ def unused_by(family, model):
     return [n for n, _ in model.named_parameters() if family == "deberta_v2" and "token_type" in n or "mask_token" in n]
 
 
-PAIRS = [("distilbert", "bert"), ("bert", "roberta"), ("roberta", "electra"), ("llama", "gpt2"), ("qwen3", "llama"), ("deberta_v2", "bert"), ("bert", "modernbert")]
+PAIRS = [
+    ("distilbert", "bert"),
+    ("bert", "roberta"),
+    ("roberta", "electra"),
+    ("llama", "gpt2"),
+    ("qwen3", "llama"),
+    ("deberta_v2", "bert"),
+    ("bert", "modernbert"),
+]
 
 
 @pytest.mark.parametrize("student_family,teacher_family", PAIRS)
@@ -74,8 +82,18 @@ def test_without_a_teacher_it_is_the_stock_trainer(tmp_path):
             args = arguments(tmp_path, max_steps=3, per_device_train_batch_size=4, task_weight=1.0, kd_weight=0.0)
         else:
             args = TrainingArguments(
-                str(tmp_path), use_cpu=True, per_device_train_batch_size=4, max_steps=3, learning_rate=1e-3, max_grad_norm=0.0, logging_steps=1,
-                lr_scheduler_type="constant", train_sampling_strategy="sequential", save_strategy="no", disable_tqdm=True, seed=3,
+                str(tmp_path),
+                use_cpu=True,
+                per_device_train_batch_size=4,
+                max_steps=3,
+                learning_rate=1e-3,
+                max_grad_norm=0.0,
+                logging_steps=1,
+                lr_scheduler_type="constant",
+                train_sampling_strategy="sequential",
+                save_strategy="no",
+                disable_tqdm=True,
+                seed=3,
                 dataloader_pin_memory=False,
             )
         trainer = cls(model=student, args=args, train_dataset=ragged("vit"), eval_dataset=ragged("vit", seed=5), data_collator=pad)
@@ -89,9 +107,23 @@ def test_without_a_teacher_it_is_the_stock_trainer(tmp_path):
 def test_hooks_of_the_stock_trainer_still_have_our_signatures():
     import inspect
 
-    for name in ("compute_loss", "get_batch_samples", "training_step", "prediction_step", "evaluation_loop", "create_optimizer", "log",
-                 "_clip_grad_norm", "_save_checkpoint", "_load_from_checkpoint", "_load_best_model", "call_model_init", "floating_point_ops",
-                 "_set_signature_columns_if_needed", "create_model_card"):
+    for name in (
+        "compute_loss",
+        "get_batch_samples",
+        "training_step",
+        "prediction_step",
+        "evaluation_loop",
+        "create_optimizer",
+        "log",
+        "_clip_grad_norm",
+        "_save_checkpoint",
+        "_load_from_checkpoint",
+        "_load_best_model",
+        "call_model_init",
+        "floating_point_ops",
+        "_set_signature_columns_if_needed",
+        "create_model_card",
+    ):
         ours, theirs = (list(inspect.signature(getattr(cls, name)).parameters) for cls in (DistillationTrainer, Trainer))
         assert ours == theirs, name
     ours, theirs = (list(inspect.signature(cls.__init__).parameters) for cls in (DistillationTrainer, Trainer))
@@ -148,7 +180,9 @@ def test_teacher_batch_size_dtype_and_function(tmp_path):
             return Signals(logits=teacher(batch["input_ids"], batch["attention_mask"]).logits)
 
     for name, who, options in (
-        ("plain", teacher, {}), ("cut", teacher, {"teacher_batch_size": 3}), ("function", answer, {}),
+        ("plain", teacher, {}),
+        ("cut", teacher, {"teacher_batch_size": 3}),
+        ("function", answer, {}),
         ("half", copy.deepcopy(teacher), {"teacher_dtype": "bfloat16"}),
     ):
         student = families.build("bert", 2, seed=1)
@@ -198,9 +232,20 @@ def test_vocabulary_padding_is_cut_when_the_tokenizers_agree(tmp_path):
 # ---- Saving and resuming ----
 
 
-OPTIONS = dict(max_steps=6, save_strategy="steps", save_steps=3, layer_map="random", per_device_train_batch_size=2, gradient_accumulation_steps=2,
-               train_sampling_strategy="random", max_grad_norm=1.0, lr_scheduler_type="linear", num_train_epochs=3,
-               schedules={"kd_weight": {"type": "linear", "start": 1.0, "end": 0.1}, "temperature": {"type": "cosine", "start": 4.0, "end": 1.0}}, **ALL_TERMS)
+OPTIONS = dict(
+    max_steps=6,
+    save_strategy="steps",
+    save_steps=3,
+    layer_map="random",
+    per_device_train_batch_size=2,
+    gradient_accumulation_steps=2,
+    train_sampling_strategy="random",
+    max_grad_norm=1.0,
+    lr_scheduler_type="linear",
+    num_train_epochs=3,
+    schedules={"kd_weight": {"type": "linear", "start": 1.0, "end": 0.1}, "temperature": {"type": "cosine", "start": 4.0, "end": 1.0}},
+    **ALL_TERMS,
+)
 
 
 def test_resume_equals_uninterrupted_training(tmp_path):
@@ -242,7 +287,9 @@ def test_similar_layer_map_is_kept_on_resume(tmp_path):
     student, teacher = families.build("bert", 2, seed=1), families.build("bert", 4, seed=2)
     first, _ = run(student, teacher, ragged("bert"), arguments(tmp_path, **options))
     other = families.build("bert", 2, seed=9)
-    second, _ = run(other, families.build("bert", 4, seed=2), ragged("bert"), arguments(tmp_path, **options), resume=str(tmp_path / "checkpoint-2"))
+    second, _ = run(
+        other, families.build("bert", 4, seed=2), ragged("bert"), arguments(tmp_path, **options), resume=str(tmp_path / "checkpoint-2")
+    )
     assert second.objective.terms["hidden"].pairs == first.objective.terms["hidden"].pairs
     for name, tensor in student.state_dict().items():
         assert torch.equal(other.state_dict()[name], tensor), name
@@ -256,7 +303,7 @@ def test_saved_student_loads_where_hfdistill_cannot_be_imported(tmp_path):
 import sys
 sys.modules["hfdistill"] = None
 from transformers import AutoModelForSequenceClassification
-model, report = AutoModelForSequenceClassification.from_pretrained({str(tmp_path / 'final')!r}, output_loading_info=True)
+model, report = AutoModelForSequenceClassification.from_pretrained({str(tmp_path / "final")!r}, output_loading_info=True)
 assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
 import torch
 print(model(torch.tensor([[5, 6, 7]])).logits.tolist())
@@ -273,9 +320,19 @@ print(model(torch.tensor([[5, 6, 7]])).logits.tolist())
 
 def test_weighted_parts_sum_to_the_loss_and_schedules_are_logged(tmp_path):
     student, teacher = families.build("bert", 2, seed=1), families.build("bert", 4, seed=2)
-    schedules = {"kd_weight": {"type": "linear", "start": 1.0, "end": 0.0}, "temperature": {"type": "step", "start": 4.0, "end": 2.0, "over": [0.0, 0.5]}}
-    args = arguments(tmp_path, max_steps=4, logging_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, schedules=schedules,
-                     **ALL_TERMS)
+    schedules = {
+        "kd_weight": {"type": "linear", "start": 1.0, "end": 0.0},
+        "temperature": {"type": "step", "start": 4.0, "end": 2.0, "over": [0.0, 0.5]},
+    }
+    args = arguments(
+        tmp_path,
+        max_steps=4,
+        logging_steps=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        schedules=schedules,
+        **ALL_TERMS,
+    )
     trainer, _ = run(student, teacher, ragged("bert"), args)
     for log in [log for log in trainer.state.log_history if "loss" in log]:
         assert sum(value for key, value in log.items() if key.endswith("_weighted")) == pytest.approx(log["loss"], rel=1e-4)
@@ -299,8 +356,13 @@ def test_evaluation_runs_the_student_alone_and_returns_logits_only(tmp_path):
 
     data = ragged("bert", rows=7)
     trainer = DistillationTrainer(
-        model=student, teacher=teacher, args=arguments(tmp_path, per_device_eval_batch_size=3, **ALL_TERMS), train_dataset=ragged("bert"),
-        eval_dataset=data, data_collator=pad, compute_metrics=metrics,
+        model=student,
+        teacher=teacher,
+        args=arguments(tmp_path, per_device_eval_batch_size=3, **ALL_TERMS),
+        train_dataset=ragged("bert"),
+        eval_dataset=data,
+        data_collator=pad,
+        compute_metrics=metrics,
     )
     calls.clear()
     result = trainer.evaluate()
@@ -315,8 +377,12 @@ def test_evaluation_runs_the_student_alone_and_returns_logits_only(tmp_path):
 def test_evaluation_with_the_teacher_reports_every_part(tmp_path):
     student, teacher = families.build("bert", 2, seed=1), families.build("bert", 4, seed=2)
     trainer = DistillationTrainer(
-        model=student, teacher=teacher, args=arguments(tmp_path, eval_with_teacher=True, per_device_eval_batch_size=3, **ALL_TERMS),
-        train_dataset=ragged("bert"), eval_dataset=ragged("bert", rows=7), data_collator=pad,
+        model=student,
+        teacher=teacher,
+        args=arguments(tmp_path, eval_with_teacher=True, per_device_eval_batch_size=3, **ALL_TERMS),
+        train_dataset=ragged("bert"),
+        eval_dataset=ragged("bert", rows=7),
+        data_collator=pad,
     )
     result = trainer.evaluate()
     weights = {"task": 0.5, "kd": 0.7, "logit_mse": 0.1, "hidden": 0.3, "embedding": 0.2, "cosine": 0.4, "attention": 0.6}
@@ -329,7 +395,11 @@ def test_vocabularies_are_reduced_to_the_best_token_in_evaluation(tmp_path):
     data.batch["labels"] = data.batch["input_ids"].masked_fill(data.batch["attention_mask"] == 0, -100)
     shapes = []
     trainer = DistillationTrainer(
-        model=student, args=arguments(tmp_path, kd_weight=0.0), train_dataset=data, eval_dataset=data, data_collator=pad,
+        model=student,
+        args=arguments(tmp_path, kd_weight=0.0),
+        train_dataset=data,
+        eval_dataset=data,
+        data_collator=pad,
         compute_metrics=lambda p: shapes.append(p.predictions.shape) or {},
     )
     trainer.evaluate()
@@ -338,7 +408,9 @@ def test_vocabularies_are_reduced_to_the_best_token_in_evaluation(tmp_path):
 
 def test_prediction_without_labels_drops_what_only_the_teacher_reads(tmp_path):
     student, teacher = families.build("distilbert", 2, seed=1), families.build("bert", 4, seed=2)
-    trainer = DistillationTrainer(model=student, teacher=teacher, args=arguments(tmp_path), train_dataset=ragged("distilbert"), data_collator=pad)
+    trainer = DistillationTrainer(
+        model=student, teacher=teacher, args=arguments(tmp_path), train_dataset=ragged("distilbert"), data_collator=pad
+    )
     batch = families.batch("bert", labels=False)
     batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
     assert trainer.predict(Rows(batch)).predictions.shape == (3, 3)
@@ -397,8 +469,11 @@ def test_problem_type_is_found_from_float_labels_and_kept_in_the_config(tmp_path
 def test_model_init_gives_each_trial_its_own_objective(tmp_path):
     teacher = families.build("bert", 4, seed=2, hidden_size=48)
     trainer = DistillationTrainer(
-        model_init=lambda: families.build("bert", 2, seed=1), teacher=teacher, args=arguments(tmp_path, hidden_weight=1.0),
-        train_dataset=ragged("bert"), data_collator=pad,
+        model_init=lambda: families.build("bert", 2, seed=1),
+        teacher=teacher,
+        args=arguments(tmp_path, hidden_weight=1.0),
+        train_dataset=ragged("bert"),
+        data_collator=pad,
     )
     first = trainer.objective
     trainer.train()
@@ -409,8 +484,19 @@ def test_model_init_gives_each_trial_its_own_objective(tmp_path):
 
 def test_best_model_brings_its_adapters_back(tmp_path):
     student, teacher = families.build("bert", 2, seed=1), families.build("bert", 4, seed=2, hidden_size=48)
-    args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
-                     metric_for_best_model="eval_loss", greater_is_better=True, hidden_weight=1.0, learning_rate=1e-2)
+    args = arguments(
+        tmp_path,
+        max_steps=4,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,
+        hidden_weight=1.0,
+        learning_rate=1e-2,
+    )
     trainer, _ = run(student, teacher, ragged("bert"), args, eval_dataset=ragged("bert"))
     from safetensors.torch import load_file
 

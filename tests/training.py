@@ -46,9 +46,19 @@ def pad(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 def arguments(tmp_path, **options) -> DistillationTrainingArguments:
     defaults = dict(
-        output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=8, max_steps=1, learning_rate=1e-3, max_grad_norm=0.0,
-        lr_scheduler_type="constant", train_sampling_strategy="sequential", logging_steps=1, save_strategy="no", disable_tqdm=True,
-        dataloader_pin_memory=False, seed=3,
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        per_device_train_batch_size=8,
+        max_steps=1,
+        learning_rate=1e-3,
+        max_grad_norm=0.0,
+        lr_scheduler_type="constant",
+        train_sampling_strategy="sequential",
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        seed=3,
     )
     return DistillationTrainingArguments(**{**defaults, **options})
 
@@ -78,8 +88,13 @@ def run(student, teacher, data, args, **options):
     """Trains and returns `(trainer, gradients of each step)`."""
     gradients, resume = Gradients(), options.pop("resume", None)
     trainer = DistillationTrainer(
-        model=student, teacher=teacher, args=args, train_dataset=data, data_collator=options.pop("data_collator", pad),
-        callbacks=[gradients, *options.pop("callbacks", [])], **options,
+        model=student,
+        teacher=teacher,
+        args=args,
+        train_dataset=data,
+        data_collator=options.pop("data_collator", pad),
+        callbacks=[gradients, *options.pop("callbacks", [])],
+        **options,
     )
     gradients.trainer = trainer
     trainer.train(resume_from_checkpoint=resume)

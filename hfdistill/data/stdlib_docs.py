@@ -50,9 +50,7 @@ UNLABELLED = -100
 MIN_WORDS, MIN_PARAGRAPH_WORDS = 8, 10
 
 _LABELS = {module: label for label, area in enumerate(AREA_NAMES) for module in STDLIB_AREAS[area].split()}
-_SKIPPED_FOLDERS = frozenset(
-    "site-packages dist-packages test tests __pycache__ lib-dynload _vendor idlelib tkinter turtledemo".split()
-)
+_SKIPPED_FOLDERS = frozenset("site-packages dist-packages test tests __pycache__ lib-dynload _vendor idlelib tkinter turtledemo".split())
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -100,7 +98,7 @@ def load_stdlib_docs(root: str | os.PathLike | None = None, mask_module: bool = 
 
 
 def load_stdlib_docs_splits(
-    few: int = 300, seed: int = 0, test_size: float = 0.2, root: str | os.PathLike | None = None
+    few: int = 300, seed: int = 0, test_size: float = 0.2, root: str | os.PathLike | None = None, hide_labels: bool = True
 ) -> DatasetDict:
     """docs6 as a label-scarce task: a labelled half, another half without labels, and a test part nobody trains on.
 
@@ -113,6 +111,7 @@ def load_stdlib_docs_splits(
         seed (`int`, defaults to 0): of all three cuts.
         test_size (`float`, defaults to 0.2): share of the test part.
         root (`str`, *optional*): as in [`load_stdlib_docs`].
+        hide_labels (`bool`, defaults to `True`): `False` leaves the labels of B where they are, for comparison runs.
 
     Returns:
         `datasets.DatasetDict`: `teacher` (A), `few` (rows of A), `transfer` (B, every label -100) and `test`.
@@ -140,6 +139,8 @@ def load_stdlib_docs_splits(
         )
     rows = {"teacher": teacher, "few": cut(teacher, train_size=few)[0], "transfer": transfer, "test": test}
     splits = DatasetDict({name: data.select(indices) for name, indices in rows.items()})
+    if not hide_labels:
+        return splits
     # datasets refuses a ClassLabel outside its range when it encodes Python values, but not in an Arrow column. All four
     # splits keep the same features that way, so that `concatenate_datasets([few, transfer])` works.
     table = splits["transfer"].with_format("arrow")[:]

@@ -49,6 +49,7 @@ class TextData:
     is_regression: bool = False
     vocabulary_texts: list[str] = field(default_factory=list)
     description: str = ""
+    embedded: bool = False
 
 
 def load_embedded(labelled_rows: int | None = 300, seed: int = 0) -> TextData:
@@ -60,16 +61,23 @@ def load_embedded(labelled_rows: int | None = 300, seed: int = 0) -> TextData:
     """
     from datasets import concatenate_datasets
 
-    splits = load_stdlib_docs_splits(few=labelled_rows or 300, seed=seed)
+    splits = load_stdlib_docs_splits(few=labelled_rows or 300, seed=seed, hide_labels=labelled_rows is not None)
     names = splits["test"].features["label"].names
     teacher_train, labelled, transfer = splits["teacher"], splits["few"], splits["transfer"]
     if labelled_rows is None:
-        everything = concatenate_datasets([teacher_train, splits["transfer_labelled"]])
+        everything = concatenate_datasets([teacher_train, transfer])
         teacher_train, labelled, transfer = everything, everything, transfer.select([])
     texts = [*splits["teacher"]["text"], *splits["transfer"]["text"], *load_topics_paragraphs()]
     return TextData(
-        teacher_train, labelled, transfer, {"test": splits["test"]}, ("text",), names, vocabulary_texts=texts,
+        teacher_train,
+        labelled,
+        transfer,
+        {"test": splits["test"]},
+        ("text",),
+        names,
+        vocabulary_texts=texts,
         description="docstrings of the Python standard library, by area (embedded, no network)",
+        embedded=True,
     )
 
 
@@ -103,7 +111,9 @@ def load_named(
         name: split for name, split in raw.items() if name == "test"
     }
     if not evaluation:
-        raise ValueError(f"The data has no 'validation' or 'test' split, only {sorted(raw)}, so nothing could be measured. Pass --validation_file.")
+        raise ValueError(
+            f"The data has no 'validation' or 'test' split, only {sorted(raw)}, so nothing could be measured. Pass --validation_file."
+        )
     evaluation = {k: v.select(range(min(max_eval_samples or len(v), len(v)))) for k, v in evaluation.items()}
     text_columns = _text_columns(task_name, text_column_names, train)
     label = label_column_name or next((name for name in ("label", "labels") if name in train.column_names), None)
@@ -119,8 +129,15 @@ def load_named(
         labelled, transfer = _hide_labels(train, labelled_rows, is_regression, seed)
     title = f"GLUE {task_name}" if task_name else dataset_name or ", ".join(sorted(files or {}))
     return TextData(
-        train, labelled, transfer, evaluation, text_columns, names, is_regression,
-        [text for column in text_columns for text in train[column]], title,
+        train,
+        labelled,
+        transfer,
+        evaluation,
+        text_columns,
+        names,
+        is_regression,
+        [text for column in text_columns for text in train[column]],
+        title,
     )
 
 
@@ -139,13 +156,16 @@ def _load(task_name, dataset_name, config_name, files, cache_dir):
         try:
             return load_dataset(kind, data_files=files, cache_dir=cache_dir, **({"sep": "\t"} if suffixes == {"tsv"} else {}))
         except FileNotFoundError as error:
-            raise ValueError(f"A data file does not exist: {str(error).splitlines()[0]}. Check the paths {sorted(files.values())}.") from error
+            raise ValueError(
+                f"A data file does not exist: {str(error).splitlines()[0]}. Check the paths {sorted(files.values())}."
+            ) from error
     try:
         return load_dataset(dataset_name, config_name, cache_dir=cache_dir)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"The data set {dataset_name!r}{f' ({config_name})' if config_name else ''} could not be loaded from the Hub "
-            f"({type(error).__name__}: {str(error).strip().splitlines()[0][:160]}). Check the name and the network; where there is none, download it elsewhere "
+            f"({type(error).__name__}: {str(error).strip().splitlines()[0][:160]}). Check the name and the network; where there is none, "
+            "download it elsewhere "
             "(`hf download --repo-type dataset`) and pass --train_file and --validation_file, or leave both out to use the embedded data."
         ) from error
 
@@ -214,5 +234,7 @@ def encode_texts(split, tokenizer, text_columns, max_seq_length: int | None = No
         texts = [rows[column] for column in text_columns]
         return tokenizer(*texts, truncation=True, max_length=max_seq_length, padding="max_length" if pad_to_max_length else False)
 
-    encoded = split.map(encode, batched=True, num_proc=num_proc, remove_columns=[c for c in split.column_names if c != "label"], desc="Tokenizing")
+    encoded = split.map(
+        encode, batched=True, num_proc=num_proc, remove_columns=[c for c in split.column_names if c != "label"], desc="Tokenizing"
+    )
     return encoded.rename_column("label", "labels")

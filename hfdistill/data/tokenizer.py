@@ -50,8 +50,8 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int = 3000, lowercase: boo
     first = [*SPECIAL_TOKENS, *pieces]
     if vocab_size < len(first):
         raise ValueError(
-            f"vocab_size={vocab_size} is too small: {len(SPECIAL_TOKENS)} special tokens and {len(pieces)} single-character pieces of these "
-            f"texts come first, so no word could become a token. Use at least {len(first)}, better 1,000 and more."
+            f"vocab_size={vocab_size} is too small: {len(SPECIAL_TOKENS)} special tokens and {len(pieces)} single-character pieces of "
+            f"these texts come first, so no word could become a token. Use at least {len(first)}, better 1,000 and more."
         )
     # Left alone, the trainer numbers the single-character pieces in the order of a hash map and breaks ties between
     # merges by those numbers, so that ids and even tokens differ from run to run. Handed in as special tokens they are

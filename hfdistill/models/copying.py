@@ -107,7 +107,7 @@ def copy_by_layers(student: nn.Module, teacher: nn.Module, layers: list[int], wi
     targets = {_plain(name, student): p for name, p in student.named_parameters()}
 
     selection = None
-    if ours != theirs and ours.hidden is not None:
+    if ours != theirs and ours.hidden is not None and theirs.hidden is not None:
         tied = {id(p): name for name, p in sources.items() if not name.startswith(t_path)}
         selection = Selection(
             width,

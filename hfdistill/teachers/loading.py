@@ -32,7 +32,8 @@ def load_teacher(name_or_path: str, task: str, init_kwargs: dict | None = None) 
         return getattr(transformers, AUTO_CLASSES[task]).from_pretrained(name_or_path, **(init_kwargs or {}))
     except OSError as error:
         raise ValueError(
-            f"The teacher {name_or_path!r} is neither a folder with a model nor a Hub id that can be reached ({_first_line(error)}). Check the "
+            f"The teacher {name_or_path!r} is neither a folder with a model nor a Hub id that can be reached ({_first_line(error)}). "
+            "Check the "
             "spelling, download it where there is a network (`hf download`) and give the folder, or pass a module."
         ) from error
 

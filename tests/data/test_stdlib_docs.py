@@ -61,7 +61,12 @@ def test_rules_on_a_small_library(tmp_path):
         ("json", EIGHT + " (module)"),
     ]
     assert [data.features["label"].int2str(label) for label in data["label"]] == [
-        "files and processes", "language tools", "network", "network", "data formats", "data formats",
+        "files and processes",
+        "language tools",
+        "network",
+        "network",
+        "data formats",
+        "data formats",
     ]
     unmasked = load_stdlib_docs(tmp_path, mask_module=False)
     assert unmasked["text"][0].startswith("pyio reads") and EIGHT + " (json)" not in unmasked["text"][:]  # now it is a duplicate
@@ -116,6 +121,8 @@ def test_splits(small_library):
     assert splits["transfer"]["module"][:] == [everything["module"][everything["text"][:].index(text)] for text in texts["transfer"]]
     assert {name: splits[name].features for name in splits} == dict.fromkeys(splits, everything.features)
 
+    shown = load_stdlib_docs_splits(few=22, root=small_library, hide_labels=False)["transfer"]
+    assert shown["text"][:] == texts["transfer"] and shown["label"][:] == [label_of[text] for text in texts["transfer"]]
     joined = concatenate_datasets([splits["few"], splits["transfer"]]).map(lambda rows: {"n": [len(t) for t in rows["text"]]}, batched=True)
     assert joined["label"][:] == splits["few"]["label"][:] + [-100] * 88
     assert joined.with_format("torch")[30]["label"] == -100
@@ -136,7 +143,10 @@ def test_impossible_few(small_library, few):
 
 def test_paragraphs_of_the_language_reference():
     ten = "one two three four five six seven eight nine ten"
-    topics = {"b": f"{ten}\n\nonly nine words of text are in this one\n   \n  {ten}  B", "a": f"one two three\n  four five six seven   eight nine ten\n\n\n{ten} A"}
+    topics = {
+        "b": f"{ten}\n\nonly nine words of text are in this one\n   \n  {ten}  B",
+        "a": f"one two three\n  four five six seven   eight nine ten\n\n\n{ten} A",
+    }
     assert module_under_test.topic_paragraphs(topics) == [ten, f"{ten} A", f"{ten} B"]
     real = load_topics_paragraphs()
     assert 1_000 < len(real) < 2_500 and len(set(real)) == len(real) and min(len(text.split()) for text in real) >= 10

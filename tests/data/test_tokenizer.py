@@ -41,8 +41,12 @@ def test_trainings_agree_within_and_across_processes(tokenizer):
         assert vocabulary_fingerprint(train_wordpiece(corpus(), vocab_size=150)) == expected
     for seed in ("1", "2"):
         done = subprocess.run(
-            [sys.executable, "-c", TRAIN], input=repr(corpus()), env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True, text=True, check=True,
+            [sys.executable, "-c", TRAIN],
+            input=repr(corpus()),
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
         )
         assert done.stdout.strip() == expected
 

@@ -76,7 +76,9 @@ def test_correlations(name):
 
 @pytest.mark.parametrize("task", GLUE_METRICS)
 def test_glue(task):
-    values = glue_metric(task).compute(**dict(zip(("predictions", "references"), (SCORES, TARGETS) if task == "stsb" else (PREDICTED, TRUE), strict=True)))
+    values = glue_metric(task).compute(
+        **dict(zip(("predictions", "references"), (SCORES, TARGETS) if task == "stsb" else (PREDICTED, TRUE), strict=True))
+    )
     official = {"cola": ["matthews_correlation"], "mrpc": ["accuracy", "f1"], "qqp": ["accuracy", "f1"], "stsb": ["pearson", "spearmanr"]}
     names = official.get(task, ["accuracy"])
     assert values == {name: pytest.approx({**BINARY, **CORRELATIONS}[name]) for name in names}
@@ -90,7 +92,9 @@ def test_the_nine_tasks():
 def test_macro_f1():
     predictions, references = [0, 1, 2, 2, 1], [0, 2, 2, 1, 1]
     by_class = [1.0, 2 * 1 / (2 * 1 + 1 + 1), 2 * 1 / (2 * 1 + 1 + 1)]
-    assert load_metric("f1").compute(predictions=predictions, references=references, average="macro")["f1"] == pytest.approx(sum(by_class) / 3)
+    assert load_metric("f1").compute(predictions=predictions, references=references, average="macro")["f1"] == pytest.approx(
+        sum(by_class) / 3
+    )
     assert load_metric("f1").compute(predictions=predictions, references=references, average=None)["f1"] == pytest.approx(by_class)
 
 
@@ -185,8 +189,9 @@ def test_calibration_error_by_hand():
     assert expected_calibration_error(sure, [0, 1, 0, 1]) == pytest.approx(0.0)
     assert expected_calibration_error(sure, [0, 1, 1, 1]) == pytest.approx(0.25)
     assert expected_calibration_error(sure, [0, -100, 1, -100]) == pytest.approx(0.5)
-    even = np.zeros((4, 2))  # confidence .5, on the edge of two bins: it belongs to the lower one, with .4
-    assert expected_calibration_error(np.concatenate([even, [[math.log(1.5), 0.0]]]), [0, 0, 1, 1, 1], bins=2) == pytest.approx(0.0 + 0.6 / 5)
+    # Confidence .5 lies on the edge of two bins and belongs to the lower one, apart from the fifth row (.6, and wrong).
+    five = np.array([[0.0, 0.0]] * 4 + [[math.log(1.5), 0.0]])
+    assert expected_calibration_error(five, [0, 0, 0, 1, 1], bins=2) == pytest.approx((abs(3 - 4 * 0.5) + 0.6) / 5)
     with pytest.raises(ValueError, match="No row has a label"):
         expected_calibration_error(sure, [-100] * 4)
     with pytest.raises(ValueError, match="labels"):

@@ -47,7 +47,7 @@ def test_every_strategy_is_increasing_and_in_range_at_every_depth(name):
             targets = [t for _, t in pairs]
             assert [s for s, _ in pairs] == list(range(student - (name == "skip")))
             assert targets == sorted(set(targets)) and targets[0] >= 0 and targets[-1] < teacher
-            assert not (name in ("uniform", "spread", "last")) or targets[-1] == teacher - 1
+            assert name not in ("uniform", "spread", "last") or targets[-1] == teacher - 1
             assert not (name == "spread" and student > 1) or targets[0] == 0
 
 

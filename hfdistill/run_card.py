@@ -1,0 +1,82 @@
+"""What a trainer knows for the model card of its student."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from .report import versions
+
+
+PIPELINE_TAGS = {
+    "sequence": "text-classification",
+    "token": "token-classification",
+    "masked_lm": "fill-mask",
+    "causal_lm": "text-generation",
+}
+HYPERPARAMETERS = (
+    "learning_rate",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_steps",
+    "optim",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "seed",
+    "bf16",
+    "fp16",
+)
+
+
+def card_fields(trainer) -> dict[str, Any]:
+    """Fields of [`CardContext`] from a [`DistillationTrainer`]: names, objective as resolved, layer maps, settings, last metrics."""
+    student = trainer.student.inner
+    config = getattr(student, "config", None)
+    origin = getattr(config, "distilled_from", None)
+    if origin:
+        start = origin["name_or_path"] if origin["width"] else None  # no width: built with random weights
+    else:
+        start = getattr(config, "_name_or_path", None)
+    tag = PIPELINE_TAGS.get(trainer.objective.task)
+    if tag == "text-classification" and getattr(student, "main_input_name", None) == "pixel_values":
+        tag = "image-classification"
+    tables = [f"**{name}**\n\n{table}" for name, table in trainer.layer_map_tables().items()]
+    return {
+        "student_name": os.path.basename(os.path.abspath(trainer.args.output_dir)),
+        "teacher_name": _teacher_name(trainer.teacher),
+        "base_model": start or None,
+        "objective": [_row(term) for term in trainer.objective.describe()],
+        "layer_map_table": "\n\n".join(tables) or None,
+        "hyperparameters": {name: getattr(trainer.args, name) for name in HYPERPARAMETERS},
+        "metric_values": _last_metrics(trainer.state.log_history),
+        "pipeline_tag": tag,
+        "versions": versions(),
+        "repo_id": trainer.hub_model_id,
+    }
+
+
+def _teacher_name(teacher) -> str | None:
+    if teacher is None:
+        return None
+    model = getattr(teacher, "model", teacher)
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or f"a {type(model).__name__}"
+
+
+def _row(term: dict[str, Any]) -> dict[str, Any]:
+    row = {key: value for key, value in term.items() if key not in ("signal", "adapter", "layer_reduction")}
+    if isinstance(row.get("layer_map"), list):
+        row["layer_map"] = " ".join(f"{s}:{t}" for s, t in row["layer_map"])
+    return row
+
+
+def _last_metrics(history: list[dict[str, Any]]) -> dict[str, float]:
+    """The metrics of the last evaluation, without losses and times."""
+    noise = ("_loss", "_runtime", "_per_second", "_time")
+    for log in reversed(history):
+        if "eval_loss" in log:
+            names = [name for name in log if name.startswith("eval_") and not name.endswith(noise)]
+            return {name.removeprefix("eval_"): log[name] for name in names if isinstance(log[name], (int, float))}
+    return {}
