@@ -44,7 +44,7 @@ _NAMES = {
     "teachers.loading": ("load_teacher",),
     "schedules": ("Schedule", "resolve_schedule"),
     "data.stdlib_docs": ("load_stdlib_docs", "load_stdlib_docs_splits"),
-    "data.text": ("TextData", "encode_texts", "load_embedded", "load_named"),
+    "data.text": ("TextData", "encode_texts", "load_embedded", "load_named", "match_labels"),
     "data.tokenizer": ("train_wordpiece",),
     "metrics": ("GLUE_METRICS", "agreement", "gap_closed", "glue_metric", "load_metric", "metric_function"),
     "baselines": ("majority_share", "tfidf_logistic_regression"),
@@ -72,6 +72,7 @@ if TYPE_CHECKING:  # the table above, for type checkers and editors; tests/test_
     from .data.text import encode_texts as encode_texts
     from .data.text import load_embedded as load_embedded
     from .data.text import load_named as load_named
+    from .data.text import match_labels as match_labels
     from .data.tokenizer import train_wordpiece as train_wordpiece
     from .losses import LOSSES as LOSSES
     from .losses import TASK_LOSSES as TASK_LOSSES

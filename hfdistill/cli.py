@@ -27,7 +27,8 @@ RESERVED = ("config", "env")
 PLACES = frozenset(
     "output_dir run_name project report_to trackio_space_id trackio_bucket_id trackio_static_space_id disable_tqdm log_level "
     "log_level_replica push_to_hub hub_model_id hub_token hub_strategy hub_private_repo hub_always_push hub_revision "
-    "resume_from_checkpoint use_cpu local_rank ddp_backend ddp_timeout teacher_device dataloader_num_workers dataloader_pin_memory "
+    "resume_from_checkpoint use_cpu local_rank ddp_backend ddp_timeout teacher_device cpu_threads "
+    "dataloader_num_workers dataloader_pin_memory "
     "dataloader_persistent_workers dataloader_prefetch_factor cache_dir token overwrite_cache preprocessing_num_workers".split()
 )
 
@@ -261,6 +262,25 @@ def _plain(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     raise ValueError(f"a setting is a {type(value).__name__}, which has no stable text to hash. Use plain values in dataclasses")
+
+
+def use_cpu_threads(args: Any, threads: int | None = None) -> None:
+    """Gives each process its share of the cores when training on CPU.
+
+    `accelerate launch` without a config file sets `OMP_NUM_THREADS=1`, which leaves all cores but one idle.
+
+    Args:
+        args: `TrainingArguments`.
+        threads: intra-op threads of PyTorch; default: cores divided by processes.
+    """
+    import torch
+
+    if args.device.type == "cpu":
+        torch.set_num_threads(threads or max(_cores() // args.world_size, 1))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_launch(state: Any) -> None:

@@ -150,7 +150,6 @@ def results_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     `agreements` (arm to number), where `results` has it, fills that column for the other arms too.
     """
-    results = _plain(results)
     metric = results["metric"]
     rows = {key: _row(name, metric, results[key]) for key, name in MODEL_NAMES.items() if results.get(key) is not None}
     for key, entry in results["baselines"].items():

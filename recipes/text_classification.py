@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass, field, replace
 
 import hfdistill
-from hfdistill.cli import check_launch, config_sha256, parse
+from hfdistill.cli import check_launch, config_sha256, parse, use_cpu_threads
 
 
 def _(default, text, **more):
@@ -68,6 +68,9 @@ class TextClassificationArguments:
     preprocessing_num_workers: int | None = _(None, "Processes for tokenizing.")
     seeds: list[int] = _(lambda: [0, 1, 2], "Seeds of the student; the first one is published.")
     baselines: bool = _(True, "Also train the student alone, the control on the teacher's labels, and TF-IDF with logistic regression.")
+    cpu_threads: int | None = _(
+        None, "Threads of each process on CPU. Default: all cores, shared among processes; `accelerate launch` alone would leave one."
+    )
     overwrite_output_dir: bool = _(False, "Start anew in an output_dir that holds another run.")
 
 
@@ -79,12 +82,11 @@ def main(recipe, args):
     from datasets import concatenate_datasets
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification, set_seed
 
+    use_cpu_threads(args, recipe.cpu_threads)
     sha = config_sha256((recipe, args))
     run = hfdistill.Run(args, sha, overwrite=recipe.overwrite_output_dir)
     with args.main_process_first(desc="data"):
         data = load_data(recipe)
-    labels = {"num_labels": len(data.label_names), "id2label": dict(enumerate(data.label_names))}
-    labels["label2id"] = {name: i for i, name in labels["id2label"].items()}
     metric = (
         hfdistill.load_metric("glue", recipe.task_name)
         if recipe.task_name
@@ -98,14 +100,18 @@ def main(recipe, args):
         with args.main_process_first(desc="tokenizer"):
             tokenizer = hfdistill.train_wordpiece(data.vocabulary_texts, vocab_size=recipe.vocab_size, max_length=recipe.max_seq_length)
         sizes = {"max_position_embeddings": recipe.max_seq_length, **(recipe.teacher_config or {})}
+        labels = label_config(data)
         set_seed(args.seed)
         teacher = BertForSequenceClassification(
             BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **labels, **sizes)
         )
     else:
         tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer_name or name, cache_dir=recipe.cache_dir)
-        options = {"cache_dir": recipe.cache_dir, **(labels if recipe.teacher_training else {}), **(args.teacher_model_init_kwargs or {})}
-        teacher = hfdistill.load_teacher(name, "sequence", options)
+        options = {"cache_dir": recipe.cache_dir, **(label_config(data) if recipe.teacher_training else {})}
+        teacher = hfdistill.load_teacher(name, "sequence", {**options, **(args.teacher_model_init_kwargs or {})})
+        data = hfdistill.match_labels(data, teacher.config)
+        labels = label_config(data)
+        teacher.config.id2label, teacher.config.label2id = labels["id2label"], labels["label2id"]
 
     def encode(split):
         return hfdistill.encode_texts(
@@ -189,7 +195,7 @@ def main(recipe, args):
         recipe.seeds,
         teacher_arm,
         arms,
-        tokenizer.pad(held_out.select(range(1)), return_tensors="pt"),
+        tokenizer.pad([held_out[0]], return_tensors="pt"),
         teacher_arm.seconds,
         baselines,
         sha,
@@ -203,6 +209,11 @@ def main(recipe, args):
 GLUE_METRICS = hfdistill.GLUE_METRICS
 LIMITS = """A demonstration: the task is topical, and logistic regression on word counts beats every model of this size on the same labels.
 Docstrings of the same module lie on both sides of the split, and near-duplicates are not grouped."""
+
+
+def label_config(data):
+    names = dict(enumerate(data.label_names))
+    return {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
 
 
 def load_data(recipe):

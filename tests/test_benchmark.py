@@ -30,7 +30,7 @@ class Recorder(nn.Module):
 ROW = {"x": torch.zeros(1, 2)}
 
 
-def test_parameters_and_bytes():
+def test_parameters_and_bytes(tmp_path):
     config = dict(
         vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=12
     )
@@ -41,6 +41,8 @@ def test_parameters_and_bytes():
     assert count_parameters(model) == embeddings + block + head
     payload = 4 * (embeddings + block + head)
     assert payload < size_on_disk(model) * 1e6 < payload + 8_000  # the header of safetensors
+    model.save_pretrained(tmp_path)
+    assert size_on_disk(model) == (tmp_path / "model.safetensors").stat().st_size / 1_000_000
     half = size_on_disk(model.bfloat16()) * 1e6
     assert payload / 2 < half < payload / 2 + 8_000
 

@@ -69,6 +69,16 @@ def test_points_error_bars_and_line(tmp_path, figure):
     assert axis.transData.inverted().transform((place, 0))[0] == pytest.approx(2.69)
 
 
+def test_students_of_one_size_stand_side_by_side(tmp_path, figure):
+    results = make_results()
+    results["baselines"]["control"] = results["baselines"]["control"]["accuracy"]  # a number over seeds, without sizes
+    plot_results(results, tmp_path / "a.png")
+    places = {container[0].get_ydata()[0]: container[0].get_xdata()[0] for container in figure().axes[0].containers}
+    assert len(places) == 4 and len(set(places.values())) == 4
+    students = sorted(places.values())[:3]  # in shares of the panel
+    assert students[2] - students[0] < 0.05
+
+
 def test_parts_without_weighted_values(tmp_path, figure):
     logs = [{key: value for key, value in entry.items() if not key.endswith("weighted") and key != "kd_weight"} for entry in LOGS]
     plot_results(make_results(), tmp_path / "a.png", logs)

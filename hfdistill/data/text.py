@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -138,6 +139,41 @@ def load_named(
         is_regression,
         [text for column in text_columns for text in train[column]],
         title,
+    )
+
+
+def match_labels(data: TextData, config) -> TextData:
+    """`data` with label ids in the order of a given teacher's `config`, compared by name (case does not matter).
+
+    A teacher that names none of its labels is taken to number them as the data does; whether it does, its accuracy shows.
+
+    Raises:
+        ValueError: when the names or their number differ.
+    """
+    if data.is_regression:
+        return data
+    names = [str(config.id2label[i]) for i in sorted(config.id2label, key=int)]
+    ours, theirs = [name.casefold() for name in data.label_names], [name.casefold() for name in names]
+    generic = all(re.fullmatch(r"label_\d+", name) for name in theirs)
+    if ours == theirs or (generic and len(ours) == len(theirs)):
+        return data
+    if sorted(ours) != sorted(theirs):
+        raise ValueError(
+            f"The data has the labels {data.label_names[:6]} and the teacher {names[:6]}: its answers could not be told right from wrong. "
+            "Correct id2label in the teacher's config.json, or fine-tune it on this data (teacher_training)."
+        )
+    number = {ours.index(name): i for i, name in enumerate(theirs)} | {MISSING: MISSING}
+
+    def renumber(split):
+        return split.remove_columns("label").add_column("label", [number[label] for label in split["label"]])
+
+    return replace(
+        data,
+        teacher_train=renumber(data.teacher_train),
+        labelled=renumber(data.labelled),
+        transfer=renumber(data.transfer),
+        evaluation={name: renumber(split) for name, split in data.evaluation.items()},
+        label_names=names,
     )
 
 

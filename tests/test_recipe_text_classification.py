@@ -1,0 +1,320 @@
+"""The recipe through its real `main`, a few steps, on real text and on files; its student in plain Transformers."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import families
+import pytest
+import torch
+from recipes_under_test import ROOT, load_recipe
+from safetensors.torch import load_file
+
+from hfdistill import load_named, train_wordpiece
+from hfdistill.cli import parse
+
+
+CONFIG = str(ROOT / "recipes/configs/text_classification/stdlib_bert_kd.yaml")
+QUICK = [
+    "--max_steps",
+    "3",
+    "--per_device_train_batch_size",
+    "16",
+    "--max_seq_length",
+    "16",
+    "--vocab_size",
+    "600",
+    "--disable_tqdm",
+    "true",
+    "--logging_steps",
+    "1",
+    "--allow_weak_teacher",
+    "true",
+]
+
+
+def settings(*flags):
+    recipe = load_recipe("text_classification")
+    return recipe, parse(recipe.ARGUMENTS, list(flags))
+
+
+def run(*flags):
+    recipe, parsed = settings(*flags)
+    parsed[0].teacher_training = {**(parsed[0].teacher_training or {}), "max_steps": 3} if parsed[0].teacher_training else None
+    return recipe.main(*parsed)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "stdlib"
+    results = run("--config", CONFIG, "--output_dir", str(folder), "--seeds", "0", "1", *QUICK)
+    return folder, results
+
+
+def test_results_keep_the_contract(finished):
+    folder, results = finished
+    written = json.loads((folder / "results.json").read_text())
+    assert written.keys() >= {
+        "task",
+        "metric",
+        "seeds",
+        "teacher",
+        "student_alone",
+        "student_distilled",
+        "baselines",
+        "agreement",
+        "gap_closed",
+        "objective",
+        "versions",
+        "config_sha256",
+        "command",
+        "seconds",
+    }
+    assert written["seeds"] == [0, 1] and len(written["student_alone"]["accuracy"]["values"]) == 2
+    assert written["teacher"]["parameters"] > written["student_distilled"]["parameters"] == written["student_alone"]["parameters"]
+    assert {"tfidf_logreg", "control", "majority"} <= written["baselines"].keys()
+    assert [part["name"] for part in written["objective"]] == ["task", "kd"] and written["objective"][1]["temperature"] == 2.0
+    assert written["seconds"].keys() >= {"teacher", "alone", "distilled"}
+    assert 0 <= written["agreement"] <= 1
+
+
+def test_folder_holds_student_picture_and_card_and_nothing_of_the_teacher(finished):
+    folder, _ = finished
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "results.json", "results.png", "README.md", "tokenizer.json"} <= names
+    assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
+    card = (folder / "README.md").read_text()
+    assert "knowledge-distillation" in card and "student distilled" in card and str(folder.parent) not in card
+    student = load_file(folder / "model.safetensors")
+    assert student["classifier.weight"].shape == (6, 64)
+
+
+def test_student_loads_where_hfdistill_cannot_be_imported(finished):
+    folder, _ = finished
+    code = f"""
+import sys
+sys.modules["hfdistill"] = None
+from transformers import AutoModelForSequenceClassification, pipeline
+model, report = AutoModelForSequenceClassification.from_pretrained({str(folder)!r}, output_loading_info=True)
+assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+answer = pipeline("text-classification", {str(folder)!r})("Open a socket and return the address of the peer.", truncation=True)
+print(answer[0]["label"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    areas = ("concurrency", "data formats", "files and processes", "language tools", "network", "numbers and containers")
+    assert done.stdout.strip().splitlines()[-1] in areas
+
+
+def test_a_finished_run_is_read_back_and_another_one_refused(finished, capsys):
+    folder, results = finished
+    again = run("--config", CONFIG, "--output_dir", str(folder), "--seeds", "0", "1", *QUICK)
+    assert "distilled_1 is finished already" in capsys.readouterr().out
+    assert again["student_distilled"]["accuracy"] == results["student_distilled"]["accuracy"]
+    assert again["agreement"] == results["agreement"]
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        run("--config", CONFIG, "--output_dir", str(folder), "--seeds", "0", *QUICK)
+
+
+def write_csv(path, rows):
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return str(path)
+
+
+@pytest.fixture
+def pair_files(tmp_path):
+    """Pairs of sentences that say the same or not, with labels as words."""
+    words = ["red", "green", "blue", "black", "white"]
+    rows = [(a, b, "same" if a == b else "other") for a in words for b in words] * 2
+    header = [("first", "second", "verdict")]
+    return write_csv(tmp_path / "train.csv", header + rows), write_csv(tmp_path / "held.csv", header + rows[:25])
+
+
+def save_teacher(folder, **options):
+    """A tiny BERT teacher with a tokenizer beside it."""
+    tokenizer = train_wordpiece(["red green blue black white", "the same colour or not"], vocab_size=60)
+    teacher = families.build("bert", 2, seed=2, vocab_size=len(tokenizer), **options)
+    teacher.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def accuracy_by_hand(folder, path):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    with open(path) as file:
+        rows = list(csv.reader(file))[1:]
+    right = 0
+    for first, second, verdict in rows:
+        with torch.no_grad():
+            right += model.config.id2label[int(model(**tokenizer(first, second, return_tensors="pt")).logits.argmax())] == verdict
+    return right / len(rows)
+
+
+def test_pairs_from_files_with_a_teacher_by_name(tmp_path, pair_files):
+    teacher = save_teacher(tmp_path / "teacher", id2label={0: "same", 1: "other"}, label2id={"same": 0, "other": 1})
+    results = run(
+        "--teacher_model_name_or_path",
+        teacher,
+        "--train_file",
+        pair_files[0],
+        "--validation_file",
+        pair_files[1],
+        "--text_column_names",
+        "first",
+        "second",
+        "--label_column_name",
+        "verdict",
+        "--student_layers",
+        "1",
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--seeds",
+        "4",
+        "--hidden_weight",
+        "1.0",
+        "--attention_weight",
+        "0.5",
+        *QUICK,
+    )
+    # In sorted order the file's labels would be other, same; the teacher has them the other way round, and its order wins.
+    student = json.loads((tmp_path / "out/config.json").read_text())
+    assert student["id2label"] == {"0": "same", "1": "other"}
+    assert results["teacher"]["accuracy"] == accuracy_by_hand(teacher, pair_files[1])
+    assert results["seeds"] == [4] and results["gap_closed"] is None or isinstance(results["gap_closed"], float)
+    assert [part["name"] for part in results["objective"]] == ["task", "kd", "hidden", "attention"]
+    assert "| student block | teacher block |" in (tmp_path / "out/README.md").read_text().replace("Student", "student").replace(
+        "Teacher", "teacher"
+    )
+
+
+def test_regression_from_files(tmp_path):
+    rows = [("text", "score")] + [(f"{'red ' * n}green", n / 4) for n in range(1, 9)] * 4
+    train, held = write_csv(tmp_path / "a.csv", rows), write_csv(tmp_path / "b.csv", rows[:9])
+    teacher = save_teacher(tmp_path / "teacher", num_labels=1)
+    results = run(
+        "--teacher_model_name_or_path",
+        teacher,
+        "--train_file",
+        train,
+        "--validation_file",
+        held,
+        "--label_column_name",
+        "score",
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--seeds",
+        "0",
+        "--student_layers",
+        "1",
+        *QUICK,
+    )
+    assert results["metric"] == "pearson" and results["agreement"] is None
+
+
+def test_a_weak_teacher_is_refused(tmp_path, pair_files):
+    teacher = save_teacher(tmp_path / "teacher", id2label={0: "other", 1: "same"}, label2id={"other": 0, "same": 1})
+    flags = [
+        "--teacher_model_name_or_path",
+        teacher,
+        "--train_file",
+        pair_files[0],
+        "--validation_file",
+        pair_files[1],
+        "--text_column_names",
+        "first",
+        "second",
+        "--label_column_name",
+        "verdict",
+        "--output_dir",
+        str(tmp_path / "out"),
+        *QUICK[:-2],
+    ]
+    with pytest.raises(
+        ValueError, match=r"^The teacher is right on 0\.\d+ of the held-out rows, and always answering the most frequent label on 0\.800"
+    ):
+        run(*flags)
+
+
+@pytest.mark.parametrize("source", [{"task_name": "sst2"}, {"dataset_name": "stanfordnlp/imdb"}])
+def test_data_that_cannot_be_reached(source):
+    with pytest.raises(ValueError, match=r"could not be loaded from the Hub .* pass --train_file and --validation_file, or leave both out"):
+        load_named(**source)
+
+
+def test_files_and_columns_that_are_not_there(tmp_path, pair_files):
+    with pytest.raises(ValueError, match="^A data file does not exist"):
+        load_named(files={"train": str(tmp_path / "nothing.csv")})
+    with pytest.raises(ValueError, match=r"Which columns hold the text\? The data has \['first', 'second', 'verdict'\]"):
+        load_named(files={"train": pair_files[0], "validation": pair_files[1]}, label_column_name="verdict")
+    with pytest.raises(ValueError, match="^Unknown GLUE task 'sst'"):
+        load_named(task_name="sst")
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_student_of_one(tmp_path):
+    """`accelerate launch` with the shipped configs: 2 x 8 rows a step give the weights of 1 x 16, and the same table."""
+    students, tables = [], []
+    still = [
+        "--student_config",
+        json.dumps(
+            {
+                "hidden_size": 32,
+                "num_attention_heads": 2,
+                "intermediate_size": 32,
+                "hidden_dropout_prob": 0.0,
+                "attention_probs_dropout_prob": 0.0,
+            }
+        ),
+    ]
+    no_dropout = [
+        "--teacher_config",
+        json.dumps(
+            {
+                "num_hidden_layers": 2,
+                "hidden_size": 32,
+                "num_attention_heads": 2,
+                "intermediate_size": 32,
+                "hidden_dropout_prob": 0.0,
+                "attention_probs_dropout_prob": 0.0,
+            }
+        ),
+    ]
+    training = ["--teacher_training", json.dumps({"max_steps": 3, "learning_rate": 1e-3})]
+    for name, rows in (("cpu", "16"), ("two_cpu", "8")):
+        command = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            str(ROOT / f"recipes/accelerate/{name}.yaml"),
+            str(ROOT / "recipes/text_classification.py"),
+            "--config",
+            CONFIG,
+            "--output_dir",
+            str(tmp_path / name),
+            "--seeds",
+            "0",
+            *QUICK,
+            *still,
+            *no_dropout,
+            *training,
+            "--per_device_train_batch_size",
+            rows,
+            "--cpu_threads",
+            "1",
+            "--hidden_weight",
+            "1.0",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=500, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("== Teacher") == 1  # rank 0 alone speaks
+        students.append(load_file(tmp_path / name / "model.safetensors"))
+        tables.append(json.loads((tmp_path / name / "results.json").read_text()))
+    for key, tensor in students[0].items():
+        torch.testing.assert_close(students[1][key], tensor, rtol=1e-4, atol=1e-5)
+    assert tables[1]["student_distilled"]["accuracy"]["mean"] == pytest.approx(tables[0]["student_distilled"]["accuracy"]["mean"], abs=0.01)
