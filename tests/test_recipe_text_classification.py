@@ -156,7 +156,7 @@ def accuracy_by_hand(folder, path):
 
 
 def test_pairs_from_files_with_a_teacher_by_name(tmp_path, pair_files):
-    teacher = save_teacher(tmp_path / "teacher", id2label={0: "same", 1: "other"}, label2id={"same": 0, "other": 1})
+    teacher = save_teacher(tmp_path / "teacher", num_labels=2, id2label={0: "same", 1: "other"}, label2id={"same": 0, "other": 1})
     results = run(
         "--teacher_model_name_or_path",
         teacher,
@@ -217,7 +217,7 @@ def test_regression_from_files(tmp_path):
 
 
 def test_a_weak_teacher_is_refused(tmp_path, pair_files):
-    teacher = save_teacher(tmp_path / "teacher", id2label={0: "other", 1: "same"}, label2id={"other": 0, "same": 1})
+    teacher = save_teacher(tmp_path / "teacher", num_labels=2, id2label={0: "other", 1: "same"}, label2id={"other": 0, "same": 1})
     flags = [
         "--teacher_model_name_or_path",
         teacher,
