@@ -41,7 +41,7 @@ _NAMES = {
     "signals": ("Signals",),
     "capture": ("Capture",),
     "teachers": ("CallableTeacher", "FrozenTeacher"),
-    "teachers.loading": ("load_teacher",),
+    "teachers.loading": ("load_teacher", "load_tokenizer"),
     "schedules": ("Schedule", "resolve_schedule"),
     "data.stdlib_docs": ("load_stdlib_docs", "load_stdlib_docs_splits"),
     "data.text": ("TextData", "encode_texts", "load_embedded", "load_named", "match_labels"),
@@ -115,6 +115,7 @@ if TYPE_CHECKING:  # the table above, for type checkers and editors; tests/test_
     from .teachers import CallableTeacher as CallableTeacher
     from .teachers import FrozenTeacher as FrozenTeacher
     from .teachers.loading import load_teacher as load_teacher
+    from .teachers.loading import load_tokenizer as load_tokenizer
     from .terms import Term as Term
     from .trainer import DistillationTrainer as DistillationTrainer
 

@@ -192,7 +192,11 @@ def compare_arms(
         baselines: name -> value of `metric`.
     """
     models = {"teacher": teacher.model, **{name: own[0].model for name, own in arms.items() if own}}
-    latencies = interleaved_latency({name: (model, Capture(model).select_inputs(example)) for name, model in models.items()})
+    inputs = {
+        name: {key: value.to(model.device) for key, value in Capture(model).select_inputs(example).items()}
+        for name, model in models.items()
+    }
+    latencies = interleaved_latency({name: (model, inputs[name]) for name, model in models.items()})
 
     def entry(name: str, value) -> dict[str, Any]:
         model = models[name]

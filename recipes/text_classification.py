@@ -85,6 +85,7 @@ def main(recipe, args):
     use_cpu_threads(args, recipe.cpu_threads)
     sha = config_sha256((recipe, args))
     run = hfdistill.Run(args, sha, overwrite=recipe.overwrite_output_dir)
+    run.say("Data")
     with args.main_process_first(desc="data"):
         data = load_data(recipe)
     metric = (
@@ -106,7 +107,8 @@ def main(recipe, args):
             BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **labels, **sizes)
         )
     else:
-        tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer_name or name, cache_dir=recipe.cache_dir)
+        own = recipe.tokenizer_name or recipe.model_name_or_path or name
+        tokenizer = AutoTokenizer.from_pretrained(own, cache_dir=recipe.cache_dir)
         options = {"cache_dir": recipe.cache_dir, **(label_config(data) if recipe.teacher_training else {})}
         teacher = hfdistill.load_teacher(name, "sequence", {**options, **(args.teacher_model_init_kwargs or {})})
         data = hfdistill.match_labels(data, teacher.config)
@@ -131,6 +133,7 @@ def main(recipe, args):
             train_dataset=rows,
             eval_dataset=held_out,
             processing_class=tokenizer,
+            teacher_processing_class=hfdistill.load_tokenizer(name) if teacher is not None and name else None,
             compute_metrics=hfdistill.metric_function(metric),
         )
         check_launch(trainer.accelerator)
@@ -186,9 +189,10 @@ def main(recipe, args):
     # ---- What came out ----
     baselines = {}
     if recipe.baselines and headline == "accuracy":
-        run.say("TF-IDF and logistic regression")
+        run.say("Baselines without a neural network")
         baselines = linear_baselines(data)
     published = arms["distilled"][0]
+    run.say("Sizes and latencies")
     results = hfdistill.compare_arms(
         data.description,
         headline,
