@@ -246,6 +246,20 @@ def test_data_that_cannot_be_reached(source):
         load_named(**source)
 
 
+@pytest.mark.parametrize("regression", [False, True])
+def test_hidden_labels_join_the_visible_ones(tmp_path, regression):
+    from datasets import concatenate_datasets
+
+    rows = [("text", "label")] + [(f"text {i}", i / 8 if regression else ("no", "yes")[i % 2]) for i in range(40)]
+    path = write_csv(tmp_path / "a.csv", rows)
+    data = load_named(files={"train": path, "validation": path}, labelled_rows=10)
+    both = concatenate_datasets([data.labelled, data.transfer])
+    assert len(data.labelled) == 10 and len(both) == 40 and len(data.teacher_train) == 40
+    hidden = data.transfer["label"][:]
+    assert all(label != label for label in hidden) if regression else set(hidden) == {-100}
+    assert set(data.labelled["text"][:]) | set(data.transfer["text"][:]) == set(data.teacher_train["text"][:])
+
+
 def test_files_and_columns_that_are_not_there(tmp_path, pair_files):
     with pytest.raises(ValueError, match="^A data file does not exist"):
         load_named(files={"train": str(tmp_path / "nothing.csv")})

@@ -165,7 +165,7 @@ def match_labels(data: TextData, config) -> TextData:
     number = {ours.index(name): i for i, name in enumerate(theirs)} | {MISSING: MISSING}
 
     def renumber(split):
-        return split.remove_columns("label").add_column("label", [number[label] for label in split["label"]])
+        return _relabel(split, [number[label] for label in split["label"]])
 
     return replace(
         data,
@@ -224,6 +224,13 @@ def _rename(split, label: str):
     return split if label == "label" else split.rename_column(label, "label")
 
 
+def _relabel(split, labels: list):
+    """`split` with other labels, as plain numbers: a ClassLabel column would refuse -100."""
+    from datasets import Dataset
+
+    return Dataset.from_dict({**{name: split[name][:] for name in split.column_names if name != "label"}, "label": labels})
+
+
 def _encode_labels(train, evaluation, is_regression: bool):
     """Label ids 0..n-1 and their names; strings and sparse integers are numbered in sorted order."""
     feature = train.features["label"]
@@ -240,7 +247,7 @@ def _encode_labels(train, evaluation, is_regression: bool):
         raise ValueError(f"The evaluation data has labels that the training data lacks: {unknown[:5]}. Correct the split.")
 
     def encode(split):
-        return split.remove_columns("label").add_column("label", [number[value] for value in split["label"]])
+        return _relabel(split, [number[value] for value in split["label"]])
 
     return encode(train), {name: encode(split) for name, split in evaluation.items()}, [str(value) for value in values]
 
@@ -250,13 +257,9 @@ def _hide_labels(train, labelled_rows: int, is_regression: bool, seed: int):
 
     rows = np.arange(len(train))
     keep, rest = train_test_split(rows, train_size=labelled_rows, random_state=seed, stratify=None if is_regression else train["label"])
-    transfer = train.select(np.sort(rest))
+    labelled, transfer = train.select(np.sort(keep)), train.select(np.sort(rest))
     missing = [float("nan") if is_regression else MISSING] * len(transfer)
-    features = transfer.features.copy()
-    transfer = transfer.remove_columns("label").add_column("label", missing)
-    if is_regression:
-        transfer = transfer.cast_column("label", features["label"])
-    return train.select(np.sort(keep)), transfer
+    return _relabel(labelled, labelled["label"][:]), _relabel(transfer, missing)
 
 
 def encode_texts(split, tokenizer, text_columns, max_seq_length: int | None = None, pad_to_max_length: bool = False, num_proc=None):
