@@ -41,14 +41,15 @@ _NAMES = {
     "signals": ("Signals",),
     "capture": ("Capture",),
     "teachers": ("CallableTeacher", "FrozenTeacher"),
-    "teachers.loading": ("load_teacher", "load_tokenizer"),
+    "teachers.loading": ("load_named_part", "load_teacher", "load_tokenizer"),
     "schedules": ("Schedule", "resolve_schedule"),
     "data.stdlib_docs": ("load_stdlib_docs", "load_stdlib_docs_splits"),
     "data.text": ("TextData", "encode_texts", "load_embedded", "load_named", "match_labels"),
     "data.tokenizer": ("train_wordpiece",),
     "metrics": ("GLUE_METRICS", "agreement", "gap_closed", "glue_metric", "load_metric", "metric_function"),
-    "baselines": ("majority_share", "tfidf_logistic_regression"),
-    "runs": ("Arm", "Run", "compare_arms"),
+    "alignment": ("resolve_vocabulary",),
+    "baselines": ("linear_baselines", "majority_share", "tfidf_logistic_regression"),
+    "runs": ("Arm", "Run", "compare_arms", "refuse_weak_teacher", "run_fingerprint"),
     "benchmark": ("measure_model",),
     "plots": ("plot_results",),
     "report": ("results_table", "write_results"),
@@ -58,8 +59,10 @@ _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _NAMES.items() f
 __all__ = sorted(_MODULE_OF)
 
 if TYPE_CHECKING:  # the table above, for type checkers and editors; tests/test_house.py compares the two
+    from .alignment import resolve_vocabulary as resolve_vocabulary
     from .arguments import TEACHER_WEIGHTS as TEACHER_WEIGHTS
     from .arguments import DistillationTrainingArguments as DistillationTrainingArguments
+    from .baselines import linear_baselines as linear_baselines
     from .baselines import majority_share as majority_share
     from .baselines import tfidf_logistic_regression as tfidf_logistic_regression
     from .benchmark import measure_model as measure_model
@@ -109,11 +112,14 @@ if TYPE_CHECKING:  # the table above, for type checkers and editors; tests/test_
     from .runs import Arm as Arm
     from .runs import Run as Run
     from .runs import compare_arms as compare_arms
+    from .runs import refuse_weak_teacher as refuse_weak_teacher
+    from .runs import run_fingerprint as run_fingerprint
     from .schedules import Schedule as Schedule
     from .schedules import resolve_schedule as resolve_schedule
     from .signals import Signals as Signals
     from .teachers import CallableTeacher as CallableTeacher
     from .teachers import FrozenTeacher as FrozenTeacher
+    from .teachers.loading import load_named_part as load_named_part
     from .teachers.loading import load_teacher as load_teacher
     from .teachers.loading import load_tokenizer as load_tokenizer
     from .terms import Term as Term

@@ -146,6 +146,12 @@ class DistillationTrainingArguments(TrainingArguments):
                 f"temperature must be a finite number > 0, got {self.temperature!r}: logits are divided by it. Use 1 (plain KL) to 8; 2 "
                 "is usual."
             )
+        given = [name for name in WEIGHTS if getattr(self, name) != type(self).__dataclass_fields__[name].default]
+        if self.objective is not None and given:
+            raise ValueError(
+                f"{given[0]}={getattr(self, given[0])} would not be used, because objective gives every term its own weight. "
+                "Remove one of them."
+            )
         if self.objective is not None and not self.objective:
             raise ValueError("objective is an empty list: there is nothing to train. Give at least one term, or leave objective out.")
         if self.objective is None and not any(getattr(self, name) > 0 or name in (self.schedules or {}) for name in WEIGHTS):

@@ -31,3 +31,26 @@ def majority_share(labels) -> float:
     labels = np.asarray(labels)
     _, counts = np.unique(labels[labels != -100], return_counts=True)
     return float(counts.max() / counts.sum())
+
+
+def linear_baselines(data, score) -> dict[str, float]:
+    """TF-IDF + logistic regression on the student's labels and on the teacher's, and the majority class, on the held-out split.
+
+    Args:
+        data ([`TextData`]): a classification task.
+        score: `(predictions, references) -> float`, the metric of the table.
+    """
+    test = next(iter(data.evaluation.values()))
+    references = test["label"][:]
+
+    def texts(split) -> list[str]:
+        return [" ".join(row) for row in zip(*(split[column] for column in data.text_columns))]
+
+    def fitted_on(split) -> float:
+        return score(tfidf_logistic_regression(texts(split), split["label"][:], texts(test)), references)
+
+    values = {"tfidf_logreg": fitted_on(data.labelled)}
+    if len(data.transfer):
+        values["tfidf_logreg_teacher_labels"] = fitted_on(data.teacher_train)
+    frequent = np.bincount(references).argmax()
+    return {**values, "majority": score(np.full(len(references), frequent), references)}

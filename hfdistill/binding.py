@@ -77,7 +77,10 @@ def build_objective(
             f"The {student.name} predicts spans with two sets of logits, which DistillationTrainer does not support. "
             "Use a sequence, token, masked or causal language model."
         )
-    problem_type = problem_type_of(student.model, labels_dtype) if task in ("sequence", "other") else None
+    problem_type = None
+    if task in ("sequence", "other"):
+        compares_logits = any(term.loss_signal == "logits" and not term.is_task for term in terms)
+        problem_type = _problem_type(student, teacher, labels_dtype, compares_logits)
     needs = [(t.loss_signal, range(depths[0]) if pairs is None else [s for s, _ in pairs]) for t, pairs in bound]
     s_example = student.require(plan_for([("logits", [])]).union(plan_for(needs)), example)
     t_example = None
@@ -113,6 +116,18 @@ def build_task_loss(task: str, problem_type: str | None, label_smoothing: float 
     return loss(label_smoothing=label_smoothing) if smooth else loss()
 
 
+def _problem_type(student: Capture, teacher: Capture | None, labels_dtype: torch.dtype | None, compares_logits: bool) -> str:
+    """The student's problem type; where its config is silent, the teacher's."""
+    configs = [getattr(capture.inner, "config", None) if capture is not None else None for capture in (student, teacher)]
+    own, other = (getattr(config, "problem_type", None) for config in configs)
+    if own and other and own != other and compares_logits:
+        raise ValueError(
+            f"The student is trained for {own} and the teacher for {other}: their logits do not mean the same. "
+            "Set config.problem_type of both models alike, or compare hidden states instead of logits."
+        )
+    return own or other or problem_type_of(student.model, labels_dtype)
+
+
 def _wants(terms: list[Term], args, strategy: str) -> bool:
     return any((args.layer_map if term.layer_map is None else term.layer_map) == strategy for term in terms)
 
@@ -123,18 +138,22 @@ def _bind(term: Term, pairs: Pairs | None, task: str, problem_type: str | None, 
         return BoundTerm(term, TASK, nn.Identity(), pairs, reduction, {})
     options, schedules = dict(term.options), {}
     name = term.loss
+    if isinstance(name, DistillationLoss):
+        schedules = {key: resolve_schedule(getattr(name, key)) for key in name.scheduled}
+        return BoundTerm(term, type(name).__name__, name, pairs, reduction, schedules)
     if name == "soft_targets" and task == "sequence":
         name = {"multi_label_classification": "binary_soft_targets", "regression": "regression_mse"}.get(problem_type, name)
         if name == "regression_mse":
             options.pop("temperature", None)
-    loss_class = LOSSES[name] if isinstance(name, str) else type(name)
+    loss_class = LOSSES[name]
+    if "temperature" in loss_class.scheduled:
+        options.setdefault("temperature", args.resolved_schedules().get("temperature", args.temperature))
     for key in [key for key in options if key in loss_class.scheduled]:
         schedules[key] = resolve_schedule(options[key])
         if schedules[key].type != "constant":
             loss_class(**{key: schedules[key].minimum})  # the constructor's own check, at the end that can be wrong
         options[key] = schedules[key](0.0)
-    loss: DistillationLoss = name if isinstance(name, DistillationLoss) else loss_class(**options)
-    return BoundTerm(term, name if isinstance(name, str) else type(name).__name__, loss, pairs, reduction, schedules)
+    return BoundTerm(term, name, loss_class(**options), pairs, reduction, schedules)
 
 
 def _example_pair(term: BoundTerm, depths) -> Pairs:
@@ -153,18 +172,27 @@ def _add_adapters(term: BoundTerm, args, student: Signals, teacher: Signals | No
             s, t = student.hidden_states[pair[0]], teacher.hidden_states[pair[1]]
         else:
             s, t = getattr(student, term.signal), getattr(teacher, term.signal)
+        if term.signal != "pooled" and not s.dim() == t.dim() == 3:
+            raise ValueError(
+                f"The term {term.name!r} compares token vectors (batch, length, width), but the student's {term.signal} have shape "
+                f"{tuple(s.shape)} and the teacher's {tuple(t.shape)}: feature maps of convolutional networks are not "
+                "supported. Use logits terms."
+            )
         if s.shape[:-1] != t.shape[:-1]:
             raise ValueError(
                 f"The term {term.name!r} compares student tensors of shape {tuple(s.shape)} with teacher tensors of shape "
                 f"{tuple(t.shape)} on "
                 "the same batch: the two models cut the input into different numbers of positions. Use signal 'pooled', or logits terms."
             )
-        term.adapters.append(build_adapter(kind, s.size(-1), t.size(-1)))
+        adapter = build_adapter(kind, s.size(-1), t.size(-1))
+        term.adapters.append(adapter.double() if s.dtype == torch.float64 else adapter)
 
 
 def _check_attention(term: BoundTerm, student: Capture, teacher: Capture, s_example, t_example, depths, args) -> None:
-    if args.activation_checkpointing:
-        if (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+    checkpoints = [m._gradient_checkpointing_func for m in student.model.modules() if getattr(m, "gradient_checkpointing", False)]
+    if args.activation_checkpointing or checkpoints:
+        reentrant = [getattr(function, "keywords", {}).get("use_reentrant") for function in checkpoints]
+        if (args.activation_checkpointing_kwargs or {}).get("use_reentrant") or any(reentrant):
             raise ValueError(
                 "Reentrant activation checkpointing loses the gradient of captured attention, so the attention term would train nothing. "
                 "Set activation_checkpointing_kwargs={'use_reentrant': False}."

@@ -55,10 +55,19 @@ class Capture:
     def __init__(self, model: nn.Module, role: str = "model"):
         self.model = model
         self.role = role
-        self.inner = unwrap_peft(model)
+        self.inner = unwrap_peft(getattr(model, "_orig_mod", model))  # torch.compile hides the signature
         self.is_pretrained = isinstance(self.inner, PreTrainedModel)
-        parameters = inspect.signature(self.inner.forward).parameters.values()
+        parameters = list(inspect.signature(self.inner.forward).parameters.values())
         self.columns = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        if not self.columns and any(p.kind is p.VAR_KEYWORD for p in parameters):
+            raise ValueError(
+                f"The forward of the {self.name} takes only **kwargs, so it cannot be known which columns it reads. Name its inputs "
+                "(def forward(self, input_ids, attention_mask)), or pass the model without its wrapper."
+            )
+        if getattr(getattr(self.inner, "config", None), "is_encoder_decoder", False):
+            raise ValueError(
+                f"The {self.name} is an encoder-decoder, whose two stacks DistillationTrainer cannot map. Use an encoder or a decoder."
+            )
         self._blocks = None
         self._tap: InterfaceTap | SoftmaxTap | None = None
 
@@ -198,6 +207,7 @@ class Capture:
                 f"The layer map names blocks {sorted(wanted - set(range(self.depth)))} of the {self.name}, which has blocks "
                 f"0 to {self.depth - 1} (embeddings are not a block). Correct the layer map."
             )
+        example = move_to(self.select_inputs(example), self.model)
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
@@ -220,7 +230,7 @@ class Capture:
     def _attach_tap(self, example: Mapping) -> InterfaceTap | SoftmaxTap:
         no_attention = (
             f"The {self.name} has no attention that can be read: it calls neither Transformers' attention interface nor one softmax "
-            "per block. Set attention_weight to 0 or remove the attention term; hidden_weight works with any architecture."
+            "per block. Set attention_weight to 0 or remove the attention term."
         )
         if not self.is_pretrained:
             raise ValueError(no_attention)
@@ -254,6 +264,17 @@ class Capture:
         if self._tap is not None:
             self._tap.remove()
             self._tap = None
+
+
+def move_to(inputs: Mapping, model: nn.Module) -> dict:
+    """`inputs` on the device of `model`, floats (images) in the dtype of its weights."""
+    parameter = next(model.parameters())
+    return {
+        key: value.to(device=parameter.device, dtype=parameter.dtype if value.is_floating_point() else None)
+        if isinstance(value, Tensor)
+        else value
+        for key, value in inputs.items()
+    }
 
 
 def logits_of(output) -> Tensor:

@@ -27,7 +27,7 @@ RESERVED = ("config", "env")
 PLACES = frozenset(
     "output_dir run_name project report_to trackio_space_id trackio_bucket_id trackio_static_space_id disable_tqdm log_level "
     "log_level_replica push_to_hub hub_model_id hub_token hub_strategy hub_private_repo hub_always_push hub_revision "
-    "resume_from_checkpoint use_cpu local_rank ddp_backend ddp_timeout teacher_device cpu_threads "
+    "resume_from_checkpoint overwrite_output_dir allow_weak_teacher use_cpu local_rank ddp_backend ddp_timeout teacher_device cpu_threads "
     "dataloader_num_workers dataloader_pin_memory "
     "dataloader_persistent_workers dataloader_prefetch_factor cache_dir token overwrite_cache preprocessing_num_workers".split()
 )
@@ -262,6 +262,18 @@ def _plain(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     raise ValueError(f"a setting is a {type(value).__name__}, which has no stable text to hash. Use plain values in dataclasses")
+
+
+def check_keys(block: Mapping[str, Any] | None, known: typing.Iterable[str], where: str) -> None:
+    """Refuses keys of a nested block that nobody would read.
+
+    Raises:
+        ValueError: naming the key and the nearest known one.
+    """
+    known = list(known)
+    for key in block or {}:
+        if key not in known:
+            raise ValueError(f"unknown key {key!r} in {where}.{did_you_mean(key, known)} It would have no effect")
 
 
 def use_cpu_threads(args: Any, threads: int | None = None) -> None:

@@ -71,16 +71,19 @@ def count_pairs(tokens: Tensor, causal: bool, window: int | None) -> Tensor:
 
 
 def count_units(batch: Mapping, units: Iterable[Unit], task: str, problem_type: str | None) -> dict[Unit, Tensor | None]:
-    """Rows of each unit in one batch; `None` for a per-position unit of a batch without `attention_mask`.
+    """Rows of each unit in one batch; `None` for a per-position unit of images.
 
-    Without a mask every sample has the same number of positions (images, packed text), which is known only after the
-    forward pass: `Denominators` then scales the number of samples.
+    Text without an `attention_mask` has no padding. Images have as many positions as the model cuts them into, which is
+    known only after the forward pass; all samples have the same number, and `Denominators` scales the number of samples.
     """
     labels = labels_of(batch)
     tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.dim() > 0]
     rows, device = tensors[0].size(0), tensors[0].device
     mask = batch.get("attention_mask")
     mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    ids = batch.get("input_ids")
+    if mask is None and isinstance(ids, Tensor) and ids.dim() == 2:
+        mask = torch.ones_like(ids, dtype=torch.bool)
     counts: dict[Unit, Tensor | None] = {}
     for unit in units:
         if unit.kind == "samples":
@@ -128,9 +131,6 @@ class Denominators:
         if self._positions_known[unit]:
             return self._window[unit].clamp(min=1)
         return (self._window[Unit("samples")] * local_count / local_samples).clamp(min=1)
-
-    def known(self, unit: Unit) -> bool:
-        return self._positions_known[unit]
 
 
 def token_mask(student: Signals, teacher: Signals | None, shape: tuple[int, int], device) -> Tensor:

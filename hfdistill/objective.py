@@ -86,14 +86,6 @@ class Objective(nn.Module):
         self.vocabulary: int | None = None
         self.task_loss: nn.Module = nn.Identity()
 
-    @property
-    def needs_teacher(self) -> bool:
-        return any(not term.term.is_task for term in self.terms.values())
-
-    @property
-    def needs_labels(self) -> bool:
-        return any(term.term.is_task for term in self.terms.values())
-
     def active(self, progress: float) -> list[tuple[BoundTerm, float]]:
         """Terms with their weights at `progress`; those at 0 are left out unless all are."""
         weighted = [(term, term.term.weight(progress)) for term in self.terms.values()]

@@ -20,8 +20,10 @@ class TrainingParts:
     def __init__(self):
         self._sums: dict[str, Tensor] = {}
         self._steps: dict[str, int] = {}
+        self._all_steps = 0
 
     def begin_step(self, names: Iterable[str]) -> None:
+        self._all_steps += 1
         for name in names:
             self._steps[name] = self._steps.get(name, 0) + 1
 
@@ -38,8 +40,9 @@ class TrainingParts:
         table = reduce(torch.stack([self._sums[name] for name in names])).tolist()
         values = {}
         for name, (value, weighted) in zip(names, table):
-            values[name], values[f"{name}_weighted"] = value / self._steps[name], weighted / self._steps[name]
-        self._sums, self._steps = {}, {}
+            # Over the steps in which the term had a weight, and over all of them, as the loss is.
+            values[name], values[f"{name}_weighted"] = value / self._steps[name], weighted / self._all_steps
+        self._sums, self._steps, self._all_steps = {}, {}, 0
         return values
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import nullcontext
 
 import torch
@@ -12,14 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from .alignment import resolve_label_order, resolve_vocabulary
 from .arguments import DistillationTrainingArguments
 from .capture import Capture
+from .counting import labels_of
 from .models.anatomy import task_of, unwrap_peft
 from .objective import Objective
 from .teachers import CallableTeacher, FrozenTeacher
 from .teachers.loading import load_teacher, load_tokenizer
 from .terms import Term
-
-
-LABEL_COLUMNS = ("labels", "label", "label_ids")
 
 
 def check_constructor(model, args, compute_loss_func, teacher, datasets: dict) -> None:
@@ -49,12 +48,8 @@ def check_constructor(model, args, compute_loss_func, teacher, datasets: dict) -
                 raise ValueError(f"{name} is empty: there is nothing to {purpose} on. Check its filters and file.")
 
 
-def check_columns(model: nn.Module, dataset, terms: list[Term], collates_labels: bool) -> None:
-    """The training data has the student's input, and labels where a term needs them.
-
-    Args:
-        collates_labels: the collator makes labels itself, as those of language models do.
-    """
+def check_columns(model: nn.Module, dataset) -> None:
+    """The training data has the student's input."""
     names = getattr(dataset, "column_names", None)
     if not names:
         return
@@ -64,11 +59,27 @@ def check_columns(model: nn.Module, dataset, terms: list[Term], collates_labels:
             f"The training data has no column {main!r}, only {sorted(names)}: the student would get no input. Tokenize or preprocess it "
             f"first (dataset.map), or name the column {main!r}."
         )
-    if any(term.is_task for term in terms) and not set(names) & set(LABEL_COLUMNS) and not collates_labels:
+
+
+def check_labels(example: Mapping | None, terms: list[Term]) -> None:
+    """Batches of the training data have labels where a term needs them; the collator may have made them."""
+    if example is not None and any(term.is_task for term in terms) and labels_of(example) is None:
         raise ValueError(
-            f"The training data has no column 'labels' or 'label', only {sorted(names)}, but the objective has a task term. Add labels "
-            "(-100 where one is missing), or set task_weight to 0 to learn from the teacher alone."
+            f"Batches of the training data have no 'labels', only {sorted(example)}, but the objective has a task term. Add a column "
+            "'labels' (-100 where one is missing), or set task_weight to 0 to learn from the teacher alone."
         )
+
+
+def check_separate(student: nn.Module, teacher) -> None:
+    """The teacher owns its weights: freezing it must not freeze parts of the student."""
+    if isinstance(teacher, nn.Module):
+        own = {id(p): name for name, p in student.named_parameters()}
+        shared = [own[id(p)] for p in teacher.parameters() if id(p) in own]
+        if shared:
+            raise ValueError(
+                f"Student and teacher share {len(shared)} parameters ({', '.join(shared[:2])}...): freezing the teacher would freeze them "
+                "in the student. Pass copy.deepcopy of one of them."
+            )
 
 
 def check_teacher(terms: list[Term], teacher) -> None:

@@ -19,7 +19,8 @@ from .redaction import shareable
 MODEL_NAMES = {"teacher": "teacher", "student_alone": "student alone", "student_distilled": "student distilled"}
 BASELINE_NAMES = {
     "control": "control: student on the teacher's labels",
-    "tfidf_logreg": "TF-IDF + logistic regression",
+    "tfidf_logreg": "TF-IDF + logistic regression, student's labels",
+    "tfidf_logreg_teacher_labels": "TF-IDF + logistic regression, teacher's labels",
     "majority": "majority class",
 }
 _KEYS = (

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import statistics
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 from transformers.trainer_utils import get_last_checkpoint
 
+from .baselines import majority_share
 from .benchmark import count_parameters, interleaved_latency, size_on_disk
 from .capture import Capture
 from .metrics import agreement, gap_closed
@@ -37,7 +40,7 @@ class Arm:
         metrics: of the held-out data, with the prefix `eval_`.
         logits: of the held-out data, `(rows, classes)`.
         labels: of the held-out data.
-        seconds: of training.
+        seconds: of training; `None` where it was resumed.
         log_history: what the trainer logged.
     """
 
@@ -46,7 +49,7 @@ class Arm:
     metrics: dict[str, float]
     logits: np.ndarray
     labels: np.ndarray
-    seconds: float = 0.0
+    seconds: float | None = 0.0
     log_history: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -58,39 +61,43 @@ class Run:
     """The output folder of a recipe.
 
     An arm that finished is read back instead of trained again, one that was killed goes on from its last checkpoint; both
-    only where the settings are the same, which `config_sha256` tells.
+    only where the fingerprint is the same. A run that fails before its first arm leaves no mark.
 
     Args:
         args: `DistillationTrainingArguments` of the recipe.
-        config_sha256: of all its settings.
-        overwrite: start anew in a folder that holds another run; its arms are deleted.
+        fingerprint: of everything that decides the results: settings, data, checkpoints. See [`run_fingerprint`].
+        overwrite: start anew; arms in the folder are deleted.
 
     Raises:
-        ValueError: when the folder holds a run with other settings, or a model of other origin.
+        ValueError: when the folder holds another run, or a model of other origin.
     """
 
-    def __init__(self, args, config_sha256: str, overwrite: bool = False):
+    def __init__(self, args, fingerprint: str, overwrite: bool = False):
         self.args = args
         self.root = Path(args.output_dir)
+        self.fingerprint = fingerprint
         with args.main_process_first(desc="output folder"):
-            mark = self.root / MARK
-            held = json.loads(mark.read_text())["config_sha256"] if mark.is_file() else None
-            if overwrite and held is not None and held != config_sha256:
-                shutil.rmtree(self.root / ARMS, ignore_errors=True)
-            elif not overwrite and held not in (None, config_sha256):
+            held = self._held()
+            foreign = held is None and any((self.root / name).exists() for name in ("config.json", "model.safetensors"))
+            if overwrite:
+                if args.should_save:
+                    shutil.rmtree(self.root / ARMS, ignore_errors=True)
+                    (self.root / MARK).unlink(missing_ok=True)
+            elif held not in (None, fingerprint):
                 raise ValueError(
-                    f"output_dir {str(self.root)!r} holds a run with other settings (config {held[:12]}, this one is "
-                    f"{config_sha256[:12]}): going on "
-                    "would mix the two. Choose another --output_dir, or pass --overwrite_output_dir to start anew."
+                    f"output_dir {str(self.root)!r} holds a run with other settings, data or checkpoints (run {held[:12]}, this one is "
+                    f"{fingerprint[:12]}): going on would mix the two. Choose another --output_dir, or pass --overwrite_output_dir true to "
+                    "start anew."
                 )
-            elif not overwrite and held is None and any((self.root / name).exists() for name in ("config.json", "model.safetensors")):
+            elif foreign:
                 raise ValueError(
                     f"output_dir {str(self.root)!r} holds a model that this recipe did not write, and it would be overwritten. Choose "
-                    "another "
-                    "--output_dir, or pass --overwrite_output_dir."
+                    "another --output_dir, or pass --overwrite_output_dir true."
                 )
-            self.root.mkdir(parents=True, exist_ok=True)
-            mark.write_text(json.dumps({"config_sha256": config_sha256}))
+
+    def _held(self) -> str | None:
+        mark = self.root / MARK
+        return json.loads(mark.read_text())["fingerprint"] if mark.is_file() else None
 
     def folder(self, arm: str) -> str:
         return str(self.root / ARMS / arm)
@@ -107,9 +114,14 @@ class Run:
             self.say(f"{name} is finished already")
             return done
         folder = self.folder(name)
+        if self.args.should_save:
+            self.root.mkdir(parents=True, exist_ok=True)
+            (self.root / MARK).write_text(json.dumps({"fingerprint": self.fingerprint}))
+        checkpoint = get_last_checkpoint(folder) if os.path.isdir(folder) else None
         start = time.perf_counter()
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if os.path.isdir(folder) else None)
-        arm = self._measure(name, trainer, time.perf_counter() - start)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        seconds = time.perf_counter() - start if checkpoint is None else None  # what went before the kill is not known
+        arm = self._measure(name, trainer, seconds)
         trainer.save_model(folder)
         self._write(arm)
         return arm
@@ -119,8 +131,10 @@ class Run:
         return self._measure(name, trainer, 0.0)
 
     def publish(self, arm: Arm, results: dict[str, Any], limits: str | None = None) -> None:
-        """Writes the student of `arm`, `results.json`, `results.png` and the card into the output folder, prints the table, and pushes "
-        "if asked."""
+        """Writes the student of `arm`, `results.json`, `results.png` and the card into the output folder and prints the table.
+
+        With `push_to_hub` in the arguments all of it is pushed.
+        """
         trainer = arm.trainer
         trainer.args.output_dir = str(self.root)
         trainer.save_model(str(self.root))
@@ -134,8 +148,7 @@ class Run:
                 "dataset": results["task"],
                 "results": rows,
                 "results_note": f"Mean ± standard deviation over the student's seeds {seeds}; the published student is that of seed "
-                "{seeds[0]}. "
-                f"`{results['command']}`",
+                f"{seeds[0]}. `{results['command']}`",
                 "metric_values": {metric: arm.metrics[f"eval_{metric}"]},
                 **({"limits": limits} if limits else {}),
             }
@@ -144,7 +157,7 @@ class Run:
         else:
             trainer.create_model_card()
 
-    def _measure(self, name: str, trainer: DistillationTrainer, seconds: float) -> Arm:
+    def _measure(self, name: str, trainer: DistillationTrainer, seconds: float | None) -> Arm:
         output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
         trainer.log_metrics("eval", output.metrics)
         history = list(trainer.state.log_history)
@@ -171,6 +184,46 @@ class Run:
             return Arm(name, trainer, record["metrics"], arrays["logits"], arrays["labels"], record["seconds"], record["log_history"])
 
 
+def run_fingerprint(config_sha256: str, data_fingerprint: str, checkpoints: list[str | None]) -> str:
+    """sha256 of what decides the results of a run: its settings, its data, and the weights of local checkpoints.
+
+    Args:
+        checkpoints: folders or Hub ids; the latter are known by name (and revision, which is a setting).
+    """
+    digest = hashlib.sha256(f"{config_sha256} {data_fingerprint}".encode())
+    for folder in filter(None, checkpoints):
+        for path in sorted(Path(folder).glob("*.safetensors")) if os.path.isdir(folder) else []:
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def launch_command() -> str:
+    """How this process was started, as far as it can know: `accelerate launch` sets variables, plain Python does not."""
+    launcher = "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in os.environ else "python"
+    return " ".join([launcher, *sys.argv])
+
+
+def refuse_weak_teacher(teacher: Arm, allowed: bool = False) -> None:
+    """A classifier that has learnt nothing has nothing to teach.
+
+    Raises:
+        ValueError: when the teacher is right no more often than the majority class, unless `allowed`.
+    """
+    right, majority = float((teacher.logits.argmax(-1) == teacher.labels).mean()), majority_share(teacher.labels)
+    if right <= majority and not allowed:
+        raise ValueError(
+            f"The teacher is right on {right:.3f} of the held-out rows, and always answering the most frequent label on {majority:.3f}: "
+            "the student would learn nothing from it. Fine-tune the teacher on this task (teacher_training), check that its labels are "
+            "in the order of the data, or pass --allow_weak_teacher true."
+        )
+
+
+def _mean_seconds(arms: list[Arm]) -> float | None:
+    seconds = [arm.seconds for arm in arms]
+    return None if not seconds or None in seconds else statistics.fmean(seconds)
+
+
 def compare_arms(
     task: str,
     metric: str,
@@ -178,10 +231,8 @@ def compare_arms(
     teacher: Arm,
     arms: dict[str, list[Arm]],
     example: dict[str, Any],
-    teacher_seconds: float,
     baselines: dict[str, float],
     config_sha256: str,
-    command: str,
 ) -> dict[str, Any]:
     """The contents of `results.json`: accuracy of every arm, sizes, latencies measured in turns, agreement, share of the gap closed.
 
@@ -231,12 +282,10 @@ def compare_arms(
         "objective": arms["distilled"][0].trainer.objective.describe(),
         "versions": versions(),
         "config_sha256": config_sha256,
-        "command": command,
+        "command": launch_command(),
+        "num_processes": teacher.trainer.accelerator.num_processes,
         "seconds": {
-            "teacher": teacher_seconds,
-            **{
-                name: statistics.fmean(arm.seconds for arm in arms[name]) if arms.get(name) else None
-                for name in ("alone", "distilled", "control")
-            },
+            "teacher": teacher.seconds,
+            **{name: _mean_seconds(arms.get(name, [])) for name in ("alone", "distilled", "control")},
         },
     }

@@ -57,9 +57,10 @@ class Term:
         if self.layer_reduction not in (None, "mean", "sum"):
             raise ValueError(f"layer_reduction must be 'mean' or 'sum', got {self.layer_reduction!r}.")
         label = self.name or (self.loss if isinstance(self.loss, str) else type(self.loss).__name__)
-        if label in RESERVED_NAMES or "." in label:
-            raise ValueError(f"A term cannot be called {label!r}: the trainer logs something else under that name. Choose another name.")
+        if label in RESERVED_NAMES or "." in label or hasattr(nn.ModuleDict, label):
+            raise ValueError(f"A term cannot be called {label!r}: that name is taken by the log or by torch. Choose another name.")
         self.name = label
+        self._check_options()
         self.weight = resolve_schedule(self.weight)
         if not (math.isfinite(self.weight.minimum) and self.weight.minimum >= 0):
             raise ValueError(
@@ -68,6 +69,16 @@ class Term:
             )
         if self.layer_map is not None and isinstance(self.loss, str) and self.loss_signal not in LAYERED_SIGNALS:
             raise ValueError(f"The term {label!r} compares {self.loss_signal}, which has no layers. Remove its layer_map.")
+
+    def _check_options(self) -> None:
+        if isinstance(self.loss, str) and not self.is_task:
+            known = list(inspect.signature(self.loss_class.__init__).parameters)[1:]
+        else:
+            known = []  # the task loss has its settings in the arguments, an instance has got its own already
+        for key in self.options:
+            if key not in known:
+                fields = [name for name in type(self).__dataclass_fields__ if name != "options"]
+                raise ValueError(f"The term {self.name!r} has no setting {key!r}.{_nearest(key, [*fields, *known])}")
 
     @property
     def is_task(self) -> bool:
@@ -96,14 +107,7 @@ class Term:
         own = set(cls.__dataclass_fields__)
         fields = {key: value for key, value in entry.items() if key in own}
         rest = {key: value for key, value in entry.items() if key not in own}
-        term = cls(**fields)
-        term.options = {**term.options, **rest}
-        if rest:
-            known = [] if term.is_task else list(inspect.signature(term.loss_class.__init__).parameters)[1:]
-            for key in rest:
-                if key not in known:
-                    raise ValueError(f"The term {term.name!r} has no setting {key!r}.{_nearest(key, [*own, *known])}")
-        return term
+        return cls(**{**fields, "options": {**fields.get("options", {}), **rest}})
 
 
 def _nearest(word: str, known) -> str:
@@ -141,6 +145,12 @@ def resolve_terms(args, given: list[Term] | None = None) -> list[Term]:
     if entries is None:
         terms = default_terms(args)
     else:
+        weights = [name for name in args.schedules or {} if name != "temperature"]
+        if weights:
+            raise ValueError(
+                f"schedules names {weights}, but with an objective the plain weights are not used. Write the schedule as the weight of "
+                "its term: weight={'type': 'linear', 'start': 1.0, 'end': 0.2}."
+            )
         terms = [entry if isinstance(entry, Term) else Term.from_dict(entry) for entry in entries]
     names = [term.name for term in terms]
     twice = sorted({name for name in names if names.count(name) > 1})

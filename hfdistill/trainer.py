@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import logging
 import os
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
@@ -19,12 +25,14 @@ from .models.anatomy import unwrap_peft
 from .models.layer_map import layer_map_table
 from .objective import Objective, Pairs, Part
 from .part_log import EvaluationParts, TrainingParts
-from .preparation import align, check_columns, check_constructor, check_teacher, load_by_name, wrap_teacher
+from .preparation import align, check_columns, check_constructor, check_labels, check_separate, check_teacher, load_by_name, wrap_teacher
 from .run_card import card_fields
 from .side_file import load_side_file, read_record, save_side_file
 from .teachers import FrozenTeacher
 from .terms import Term, resolve_terms
 
+
+logger = logging.getLogger(__name__)
 
 NOTHING = CapturePlan(logits=False)
 
@@ -111,7 +119,9 @@ class DistillationTrainer(Trainer):
             )
         teacher, tokenizer = load_by_name(teacher, self.model, self.args, self.processing_class)
         self.teacher_processing_class = teacher_processing_class or tokenizer
+        check_separate(self.model, teacher)
         self.teacher = wrap_teacher(teacher, self.args, self.accelerator)
+        self.label_names = self.label_names or ["labels"]  # models whose forward names no labels: their loss is ours anyway
         self._bind()
         self.add_callback(_ObjectiveCallback(self))
         if (
@@ -134,9 +144,9 @@ class DistillationTrainer(Trainer):
         teacher = self.teacher.capture if isinstance(self.teacher, FrozenTeacher) else None
         self._signature_columns = None
         if args.remove_unused_columns:
-            plain = type(self.data_collator).__name__ in ("DataCollatorWithPadding", "function")
-            check_columns(self.model, self.train_dataset, terms, collates_labels=not plain)
+            check_columns(self.model, self.train_dataset)
         example = self._collate(2)
+        check_labels(example, terms)
         labels = None if example is None else labels_of(example)
         maps = [args.layer_map, *(term.layer_map for term in terms if isinstance(term.layer_map, str))]
         config = getattr(unwrap_peft(self.model), "config", None)
@@ -151,25 +161,39 @@ class DistillationTrainer(Trainer):
             calibration=self._collate(args.calibration_samples) if "similar" in maps else None,
             fixed_maps=fixed_maps,
         ).to(args.device)
-        if config is not None and self.objective.problem_type and getattr(config, "problem_type", None) is None:
+        known = labels is not None or getattr(getattr(teacher, "inner", None), "config", None) is not None
+        if config is not None and known and self.objective.problem_type and getattr(config, "problem_type", None) is None:
             config.problem_type = self.objective.problem_type  # the stock forward pass would have set it; pipelines read it
         if any(True for _ in self.objective.parameters()) and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError(
                 "Adapters are not sharded by FSDP or DeepSpeed. Use DDP (recipes/accelerate/multi_gpu.yaml), or a student as wide as the "
                 "teacher."
             )
+        if self.accelerator.num_processes > 1:
+            for tensor in [*self.objective.parameters(), *self.objective.buffers()]:  # a user's adapter may start differently on each rank
+                tensor.data.copy_(broadcast(tensor.data))
         align(self.objective, self.student, teacher, args, self.processing_class, self.teacher_processing_class)
         self._window: Window | None = None
         self._check_counts = True
         self._training_parts, self._evaluation_parts = TrainingParts(), EvaluationParts()
 
     def _collate(self, count: int) -> dict | None:
-        """The first samples of the training data as a batch on the device; random states are left as they were."""
-        if self.train_dataset is None or not hasattr(self.train_dataset, "__getitem__") or not hasattr(self.train_dataset, "__len__"):
+        """The first samples of the training (else the evaluation) data as a batch on the device; random states are left as they were."""
+        evaluation = self.eval_dataset
+        evaluation = next(iter(evaluation.values()), None) if isinstance(evaluation, dict) else evaluation
+        dataset = evaluation if self.train_dataset is None else self.train_dataset
+        if dataset is None:
             return None
         collate = self._get_collator_with_removed_columns(self.data_collator)
+        states = random.getstate(), np.random.get_state()
         with torch.random.fork_rng(devices=[]):
-            batch = collate([self.train_dataset[i] for i in range(min(count, len(self.train_dataset)))])
+            if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+                rows = [dataset[i] for i in range(min(count, len(dataset)))]
+            else:
+                rows = list(itertools.islice(iter(dataset), count))
+            batch = collate(rows)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
         return dict(self._prepare_inputs(batch))
 
     def _set_signature_columns_if_needed(self):
@@ -181,6 +205,8 @@ class DistillationTrainer(Trainer):
         model = super().call_model_init(trial)
         if self.objective is not None:  # a new trial: its student and its weights need a new objective
             self.model = model
+            if self.place_model_on_device:
+                self._move_model_to_device(model, self.args.device)
             self._bind()
         return model
 
@@ -279,7 +305,9 @@ class DistillationTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         present = {id(p) for group in optimizer.param_groups for p in group["params"]}
         missing = [p for p in self.objective.parameters() if id(p) not in present]
-        if missing:
+        if missing and self.lr_scheduler is not None:
+            optimizer.param_groups[0]["params"].extend(missing)  # the user's scheduler knows the user's groups only
+        elif missing:
             # No decay: it would pull a projection to 0, where it hides a student that does not follow.
             optimizer.add_param_group({"params": missing, "weight_decay": 0.0})
         return optimizer
@@ -310,7 +338,8 @@ class DistillationTrainer(Trainer):
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         sums = self._evaluation_parts.collect(self._reduce)
         if sums is not None:
-            # Exact over the data set: the trainer's own eval_loss averages batch means, whatever their number of rows.
+            # A mean over rows: the trainer's own eval_loss averages batch means, whatever their number of rows. On several
+            # ranks the rows that Accelerate repeats to fill the last batch count twice.
             output.metrics[f"{metric_key_prefix}_loss"], values = sums
             if self.args.eval_with_teacher:
                 output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
@@ -364,6 +393,13 @@ class DistillationTrainer(Trainer):
     def _load_side_file(self, folder: str) -> None:
         record = read_record(folder)
         if record is not None:
+            if record["objective"] != json.loads(json.dumps(self.objective.describe())):
+                logger.warning(
+                    "The objective has changed since the checkpoint %s (then %s, now %s): the run goes on with the new one.",
+                    os.path.basename(folder),
+                    record["objective"],
+                    self.objective.describe(),
+                )
             saved = {name: None if p is None else [tuple(pair) for pair in p] for name, p in record["layer_maps"].items()}
             now = {name: term.pairs for name, term in self.objective.terms.items() if term.layered}
             changed = {name for name in saved.keys() | now.keys() if saved.get(name, "none") != now.get(name, "none")}

@@ -12,11 +12,10 @@ writes to `output_dir`: the distilled student of the first seed (loads with plai
 `results.png` and a model card. Without data flags the embedded task is used, which needs no network.
 """
 
-import sys
 from dataclasses import dataclass, field, replace
 
 import hfdistill
-from hfdistill.cli import check_launch, config_sha256, parse, use_cpu_threads
+from hfdistill.cli import check_keys, check_launch, config_sha256, parse, use_cpu_threads
 
 
 def _(default, text, **more):
@@ -80,40 +79,63 @@ ARGUMENTS = (TextClassificationArguments, "DistillationTrainingArguments")
 def main(recipe, args):
     """Runs the recipe and returns the contents of `results.json`."""
     from datasets import concatenate_datasets
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification, set_seed
+    from transformers import (
+        AutoConfig,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        BertConfig,
+        BertForSequenceClassification,
+        set_seed,
+    )
 
+    if args.resume_from_checkpoint:
+        raise ValueError(
+            "resume_from_checkpoint is not needed: start the same command again, and arms that were killed go on where they were"
+        )
+    check_keys(recipe.teacher_config, BertConfig().to_dict(), "teacher_config")
+    check_keys(recipe.teacher_training, args.to_dict(), "teacher_training")
     use_cpu_threads(args, recipe.cpu_threads)
-    sha = config_sha256((recipe, args))
-    run = hfdistill.Run(args, sha, overwrite=recipe.overwrite_output_dir)
-    run.say("Data")
+    say = print if args.should_log else lambda *_: None
+
+    # ---- Data, tokenizer, teacher: given by name, or a BERT from scratch ----
+    say("\n== Data")
+    teacher_name, student_name = recipe.teacher_model_name_or_path, recipe.model_name_or_path
     with args.main_process_first(desc="data"):
         data = load_data(recipe)
-    metric = (
-        hfdistill.load_metric("glue", recipe.task_name)
-        if recipe.task_name
-        else hfdistill.load_metric("pearson" if data.is_regression else "accuracy")
-    )
-    headline = GLUE_METRICS[recipe.task_name][0] if recipe.task_name else ("pearson" if data.is_regression else "accuracy")
-
-    # ---- Teacher: given by name, or a BERT from scratch ----
-    name = recipe.teacher_model_name_or_path
-    if name is None:
+    options = {"cache_dir": recipe.cache_dir, "trust_remote_code": recipe.trust_remote_code}
+    if teacher_name is not None:
+        names = label_config(data) if recipe.teacher_training else {}
+        teacher = hfdistill.load_teacher(teacher_name, "sequence", {**options, **names, **(args.teacher_model_init_kwargs or {})})
+        data = hfdistill.match_labels(data, teacher.config)
+    labels = label_config(data)
+    if recipe.tokenizer_name or student_name or teacher_name:
+        own = recipe.tokenizer_name or student_name or teacher_name
+        tokenizer = hfdistill.load_named_part(AutoTokenizer, own, "tokenizer", **options)
+    else:
         with args.main_process_first(desc="tokenizer"):
             tokenizer = hfdistill.train_wordpiece(data.vocabulary_texts, vocab_size=recipe.vocab_size, max_length=recipe.max_seq_length)
-        sizes = {"max_position_embeddings": recipe.max_seq_length, **(recipe.teacher_config or {})}
-        labels = label_config(data)
-        set_seed(args.seed)
-        teacher = BertForSequenceClassification(
-            BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **labels, **sizes)
+    vocabulary = len(tokenizer)
+    if student_name is not None:
+        student_config = hfdistill.load_named_part(AutoConfig, student_name, "student", revision=recipe.model_revision, **options)
+        vocabulary = student_config.vocab_size
+    if teacher_name is not None:
+        teacher.config.id2label, teacher.config.label2id = labels["id2label"], labels["label2id"]
+        teacher_tokenizer = hfdistill.load_tokenizer(teacher_name)
+        hfdistill.resolve_vocabulary(
+            vocabulary if student_name else teacher.config.vocab_size, teacher.config.vocab_size, tokenizer, teacher_tokenizer
         )
     else:
-        own = recipe.tokenizer_name or recipe.model_name_or_path or name
-        tokenizer = AutoTokenizer.from_pretrained(own, cache_dir=recipe.cache_dir)
-        options = {"cache_dir": recipe.cache_dir, **(label_config(data) if recipe.teacher_training else {})}
-        teacher = hfdistill.load_teacher(name, "sequence", {**options, **(args.teacher_model_init_kwargs or {})})
-        data = hfdistill.match_labels(data, teacher.config)
-        labels = label_config(data)
-        teacher.config.id2label, teacher.config.label2id = labels["id2label"], labels["label2id"]
+        teacher_tokenizer = tokenizer
+        sizes = {"max_position_embeddings": recipe.max_seq_length, **(recipe.teacher_config or {})}
+        set_seed(args.seed)
+        teacher = BertForSequenceClassification(BertConfig(vocab_size=vocabulary, pad_token_id=tokenizer.pad_token_id, **labels, **sizes))
+
+    sha = config_sha256((recipe, args))
+    run = hfdistill.Run(
+        args, hfdistill.run_fingerprint(sha, data.fingerprint(), [teacher_name, student_name]), overwrite=recipe.overwrite_output_dir
+    )
+    headline = hfdistill.GLUE_METRICS[recipe.task_name][0] if recipe.task_name else "pearson" if data.is_regression else "accuracy"
+    metric = hfdistill.load_metric("glue", recipe.task_name) if recipe.task_name else hfdistill.load_metric(headline)
 
     def encode(split):
         return hfdistill.encode_texts(
@@ -133,14 +155,14 @@ def main(recipe, args):
             train_dataset=rows,
             eval_dataset=held_out,
             processing_class=tokenizer,
-            teacher_processing_class=hfdistill.load_tokenizer(name) if teacher is not None and name else None,
+            teacher_processing_class=teacher_tokenizer,
             compute_metrics=hfdistill.metric_function(metric),
         )
         check_launch(trainer.accelerator)
         return trainer
 
     alone = {"task_weight": 1.0, "objective": None, "schedules": None, **dict.fromkeys(hfdistill.TEACHER_WEIGHTS, 0.0)}
-    if name is None or recipe.teacher_training:
+    if teacher_name is None or recipe.teacher_training:
         run.say(f"Teacher: {len(teacher_rows)} labelled texts")
         teacher_arm = run.finish("teacher", trainer_for("teacher", teacher, teacher_rows, **{**alone, **(recipe.teacher_training or {})}))
     else:
@@ -148,26 +170,23 @@ def main(recipe, args):
         teacher_arm = run.measure("teacher", trainer_for("teacher", teacher, **alone))
     teacher = teacher_arm.model
     if not data.is_regression:
-        refuse_weak_teacher(teacher_arm, recipe.allow_weak_teacher)
+        hfdistill.refuse_weak_teacher(teacher_arm, recipe.allow_weak_teacher)
 
     # ---- Students: distilled; alone on the same labels; control on all labels of the teacher ----
+    copied = "uniform" if args.layer_map in ("random", "similar", "original", "skip") else args.layer_map
+    if student_name is None and recipe.student_init == "teacher" and copied != args.layer_map:
+        run.say(f"Weights are copied by {copied!r}: {args.layer_map!r} does not give one teacher block to each student block beforehand")
+
     def student(seed):
         set_seed(seed)
-        if recipe.model_name_or_path is not None:
-            return AutoModelForSequenceClassification.from_pretrained(
-                recipe.model_name_or_path,
-                revision=recipe.model_revision,
-                cache_dir=recipe.cache_dir,
-                trust_remote_code=recipe.trust_remote_code,
-                **labels,
+        if student_name is not None:
+            return hfdistill.load_named_part(
+                AutoModelForSequenceClassification, student_name, "student", revision=recipe.model_revision, **options, **labels
             )
+        layers = recipe.student_layers or max(teacher.config.num_hidden_layers // 2, 1)
+        copy_weights = recipe.student_init == "teacher"
         return hfdistill.build_student(
-            teacher,
-            num_hidden_layers=recipe.student_layers or max(teacher.config.num_hidden_layers // 2, 1),
-            seed=seed,
-            layer_map="uniform" if args.layer_map in ("random", "similar", "original", "skip") else args.layer_map,
-            copy_weights=recipe.student_init == "teacher",
-            **(recipe.student_config or {}),
+            teacher, layers, layer_map=copied, copy_weights=copy_weights, seed=seed, **(recipe.student_config or {})
         )
 
     mixed = concatenate_datasets([labelled, transfer]) if len(transfer) else labelled
@@ -188,29 +207,18 @@ def main(recipe, args):
 
     # ---- What came out ----
     baselines = {}
-    if recipe.baselines and headline == "accuracy":
+    if recipe.baselines and not data.is_regression:
         run.say("Baselines without a neural network")
-        baselines = linear_baselines(data)
-    published = arms["distilled"][0]
+        baselines = hfdistill.linear_baselines(data, lambda guesses, truth: metric.compute(predictions=guesses, references=truth)[headline])
     run.say("Sizes and latencies")
-    results = hfdistill.compare_arms(
-        data.description,
-        headline,
-        recipe.seeds,
-        teacher_arm,
-        arms,
-        tokenizer.pad([held_out[0]], return_tensors="pt"),
-        teacher_arm.seconds,
-        baselines,
-        sha,
-        " ".join(["accelerate launch", *sys.argv]),
-    )
+    example = tokenizer.pad([held_out[0]], return_tensors="pt")
+    published = arms["distilled"][0]
+    results = hfdistill.compare_arms(data.description, headline, recipe.seeds, teacher_arm, arms, example, baselines, sha)
     results["evaluation"] = {split: published.trainer.evaluate(rows) for split, rows in evaluation.items()}
     run.publish(published, results, limits=LIMITS if data.embedded else None)
     return results
 
 
-GLUE_METRICS = hfdistill.GLUE_METRICS
 LIMITS = """A demonstration: the task is topical, and logistic regression on word counts beats every model of this size on the same labels.
 Docstrings of the same module lie on both sides of the split, and near-duplicates are not grouped."""
 
@@ -223,52 +231,25 @@ def label_config(data):
 def load_data(recipe):
     files = {"train": recipe.train_file, "validation": recipe.validation_file, "test": recipe.test_file}
     files = {split: path for split, path in files.items() if path}
+    columns = {"text_column_names": recipe.text_column_names, "label_column_name": recipe.label_column_name}
     if not (recipe.task_name or recipe.dataset_name or files):
-        return hfdistill.load_embedded(recipe.labelled_rows)
+        for flag, value in columns.items():
+            if value:
+                raise ValueError(f"--{flag} {value} names columns of your own data, but none is given. Pass --train_file or --dataset_name")
+        return hfdistill.load_embedded(
+            recipe.labelled_rows, max_train_samples=recipe.max_train_samples, max_eval_samples=recipe.max_eval_samples
+        )
     return hfdistill.load_named(
         recipe.task_name,
         recipe.dataset_name,
         recipe.dataset_config_name,
         files,
-        recipe.text_column_names,
-        recipe.label_column_name,
-        recipe.labelled_rows,
-        recipe.max_train_samples,
-        recipe.max_eval_samples,
+        **columns,
+        labelled_rows=recipe.labelled_rows,
+        max_train_samples=recipe.max_train_samples,
+        max_eval_samples=recipe.max_eval_samples,
         cache_dir=recipe.cache_dir,
     )
-
-
-def linear_baselines(data):
-    """Accuracy of TF-IDF + logistic regression on the student's labels, on the teacher's, and of the majority class."""
-    test = next(iter(data.evaluation.values()))
-    texts = {
-        id(split): [" ".join(row) for row in zip(*(split[column] for column in data.text_columns))]
-        for split in (test, data.labelled, data.teacher_train)
-    }
-
-    def accuracy(split):
-        guesses = hfdistill.tfidf_logistic_regression(texts[id(split)], split["label"], texts[id(test)])
-        return float((guesses == test["label"]).mean())
-
-    values = {"tfidf_logreg": accuracy(data.labelled)}
-    if len(data.transfer):
-        values["tfidf_logreg_teacher_labels"] = accuracy(data.teacher_train)
-    return {**values, "majority": hfdistill.majority_share(test["label"])}
-
-
-def refuse_weak_teacher(teacher, allowed):
-    """A teacher that has learnt nothing has nothing to teach."""
-    right = float((teacher.logits.argmax(-1) == teacher.labels).mean())
-    majority = hfdistill.majority_share(teacher.labels)
-    if right <= majority and not allowed:
-        raise ValueError(
-            f"The teacher is right on {right:.3f} of the held-out rows, and always answering the most frequent label on {majority:.3f}: "
-            "the student "
-            "would learn nothing from it. Fine-tune the teacher on this task (teacher_training), check that its labels are in the order "
-            "of the data, or "
-            "pass --allow_weak_teacher true."
-        )
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def test_attention_of_a_model_that_has_none(tmp_path):
         match=message(
             "The student (ResNetForImageClassification) has no attention that can be read: it calls neither Transformers' attention "
             "interface nor one "
-            "softmax per block. Set attention_weight to 0 or remove the attention term; hidden_weight works with any architecture."
+            "softmax per block. Set attention_weight to 0 or remove the attention term."
         ),
     ):
         build(
@@ -278,21 +278,99 @@ def test_missing_columns(tmp_path):
     with pytest.raises(
         ValueError,
         match=message(
-            "The training data has no column 'labels' or 'label', only ['input_ids'], but the objective has a task term. Add labels "
-            "(-100 where one is "
-            "missing), or set task_weight to 0 to learn from the teacher alone."
+            "Batches of the training data have no 'labels', only ['input_ids'], but the objective has a task term. Add a column 'labels' "
+            "(-100 where one is missing), or set task_weight to 0 to learn from the teacher alone."
         ),
     ):
         build(tmp_path, data=Dataset.from_dict({"input_ids": [[5, 6]]}), data_collator=None)
+
+    def collate(rows):
+        return {"input_ids": torch.tensor([[5, 6]] * len(rows)), "labels": torch.zeros(len(rows), dtype=torch.long)}
+
+    build(tmp_path, data=Dataset.from_dict({"input_ids": [[5, 6]]}), data_collator=collate)  # a collator may make the labels
 
 
 def test_batches_without_labels_say_so(tmp_path):
     data = ragged("bert")
     del data.batch["labels"]
-    trainer = build(tmp_path, data=data)
-    with pytest.raises(ValueError, match="^The objective has a task term, but the batch has no labels."):
-        trainer.train()
+    with pytest.raises(ValueError, match="^Batches of the training data have no 'labels'"):
+        build(tmp_path, data=data)
     run(families.build("bert", 2), families.build("bert", 4), data, arguments(tmp_path, task_weight=0.0))
+
+
+def test_feature_maps_are_refused_before_training(tmp_path):
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    def resnet():
+        config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3, layer_type="basic")
+        return ResNetForImageClassification(config).eval()
+
+    data = Rows({"pixel_values": torch.randn(8, 3, 32, 32), "labels": torch.zeros(8, dtype=torch.long)})
+    with pytest.raises(ValueError, match="feature maps of convolutional networks are not supported. Use logits terms."):
+        build(tmp_path, resnet(), resnet(), data=data, hidden_weight=1.0)
+    build(tmp_path, resnet(), resnet(), data=data, teacher_dtype="bfloat16")
+
+
+def test_models_that_share_parameters(tmp_path):
+    student, teacher = families.build("bert", 2), families.build("bert", 4)
+    student.bert.embeddings = teacher.bert.embeddings
+    with pytest.raises(
+        ValueError,
+        match="^Student and teacher share 5 parameters .*: freezing the teacher would freeze them in the student. Pass copy.deepcopy",
+    ):
+        build(tmp_path, student, teacher)
+    assert all(p.requires_grad for p in student.parameters())
+
+
+def test_problem_types_that_differ(tmp_path):
+    student, teacher = families.build("bert", 2), families.build("bert", 4)
+    teacher.config.problem_type = "multi_label_classification"
+    data = ragged("bert")
+    del data.batch["labels"]
+    trainer = build(tmp_path, student, teacher, data=data, task_weight=0.0)
+    assert type(trainer.objective.terms["kd"].loss).__name__ == "BinarySoftTargetsLoss"
+    assert student.config.problem_type == "multi_label_classification"
+    other = families.build("bert", 2)
+    other.config.problem_type = "regression"
+    with pytest.raises(
+        ValueError,
+        match="^The student is trained for regression and the teacher for multi_label_classification: their logits do not mean the same",
+    ):
+        build(tmp_path, other, teacher)
+
+
+def test_encoder_decoders_and_hidden_signatures(tmp_path):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    t5 = T5ForConditionalGeneration(
+        T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    )
+    with pytest.raises(ValueError, match=r"^The student \(T5ForConditionalGeneration\) is an encoder-decoder"):
+        build(tmp_path, t5)
+
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside = families.build("bert", 2)
+
+        def forward(self, **kwargs):
+            return self.inside(**kwargs)
+
+    with pytest.raises(
+        ValueError, match=r"^The forward of the teacher \(Hidden\) takes only \*\*kwargs, so it cannot be known which columns it reads"
+    ):
+        build(tmp_path, teacher=Hidden().eval())
+
+
+def test_rows_that_were_counted_wrongly_stop_the_run(tmp_path, monkeypatch):
+    from hfdistill.attention_taps import InterfaceTap
+
+    monkeypatch.setattr(InterfaceTap, "pattern", lambda self, block: (True, None))  # says causal of a bidirectional model
+    trainer = build(tmp_path, attention_weight=1.0)
+    with pytest.raises(
+        ValueError, match=r"^The term 'attention' compared \d+ rows \(pairs\) of the first batch, but \d+ were expected from its masks"
+    ):
+        trainer.train()
 
 
 # ---- Settings ----
@@ -312,6 +390,16 @@ def test_typos_in_objective_and_schedules(tmp_path):
         Term.from_dict({"loss": "soft_targets", "temprature": 2.0})
     with pytest.raises(ValueError, match="^schedules has no place for 'kd_wieght'. Did you mean 'kd_weight'?"):
         DistillationTrainingArguments(str(tmp_path), schedules={"kd_wieght": {"start": 1.0}})
+    with pytest.raises(ValueError, match="^The term 'soft_targets' has no setting 'temprature'. Did you mean 'temperature'?"):
+        Term("soft_targets", options={"temprature": 2.0})
+    with pytest.raises(ValueError, match="^The term 'task' has no setting 'label_smoothing'"):
+        Term("task", options={"label_smoothing": 0.1})
+    with pytest.raises(ValueError, match="^A term cannot be called 'values'"):
+        Term("task", name="values")
+    with pytest.raises(ValueError, match="^kd_weight=5.0 would not be used, because objective gives every term its own weight."):
+        DistillationTrainingArguments(str(tmp_path), kd_weight=5.0, objective=[{"loss": "task"}])
+    with pytest.raises(ValueError, match=r"^schedules names \['kd_weight'\], but with an objective the plain weights are not used"):
+        build(tmp_path, objective=[Term("task")], schedules={"kd_weight": {"start": 1.0}})
 
 
 def test_plain_training_arguments(tmp_path):
@@ -401,14 +489,27 @@ def test_a_damaged_side_file(tmp_path):
 
 
 def test_an_output_folder_that_holds_another_run(tmp_path):
-    args = arguments(tmp_path / "out")
-    Run(args, "a" * 64)
-    Run(args, "a" * 64)
-    folder = str(tmp_path / "out")
-    text = f"output_dir {folder!r} holds a run with other settings (config aaaaaaaaaaaa, this one is bbbbbbbbbbbb): going on would mix"
+    folder = tmp_path / "out"
+    first = Run(arguments(folder), "a" * 64)
+    Run(arguments(folder), "b" * 64)  # nothing has been trained: a failed start does not lock the folder
+    student = families.build("bert", 2)
+    trainer = DistillationTrainer(
+        model=student,
+        args=arguments(first.folder("alone"), kd_weight=0.0),
+        train_dataset=ragged("bert"),
+        eval_dataset=ragged("bert"),
+        data_collator=pad,
+    )
+    first.finish("alone", trainer)
+    Run(arguments(folder), "a" * 64)
+    text = (
+        f"output_dir {str(folder)!r} holds a run with other settings, data or checkpoints (run aaaaaaaaaaaa, this one is bbbbbbbbbbbb): "
+        "going on would mix the two. Choose another --output_dir, or pass --overwrite_output_dir true to start anew."
+    )
     with pytest.raises(ValueError, match=message(text)):
-        Run(args, "b" * 64)
-    Run(args, "b" * 64, overwrite=True)
+        Run(arguments(folder), "b" * 64)
+    Run(arguments(folder), "b" * 64, overwrite=True)
+    assert not (folder / "_arms").exists()
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text("{}")
     with pytest.raises(ValueError, match="holds a model that this recipe did not write, and it would be overwritten"):

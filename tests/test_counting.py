@@ -48,8 +48,14 @@ def test_without_a_mask_samples_stand_for_positions():
     batches = [{"pixel_values": torch.zeros(2, 3, 4, 4)}, {"pixel_values": torch.zeros(3, 3, 4, 4)}]
     tokens = Unit("tokens")
     window = Denominators(batches, [tokens], "sequence", None, "cpu")
-    assert not window.known(tokens)
     assert float(window.of(tokens, torch.tensor(2 * 17), 2)) == 5 * 17
+
+
+def test_text_without_a_mask_has_no_padding():
+    batches = [{"input_ids": torch.zeros(2, 9, dtype=torch.long)}, {"input_ids": torch.zeros(2, 2, dtype=torch.long)}]
+    window = Denominators(batches, [Unit("tokens"), Unit("pairs")], "token", None, "cpu")
+    assert int(window.of(Unit("tokens"), torch.tensor(18), 2)) == 22
+    assert int(window.of(Unit("pairs"), torch.tensor(162), 2)) == 2 * 81 + 2 * 4
 
 
 def test_an_empty_window_divides_by_one():

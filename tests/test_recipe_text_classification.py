@@ -86,6 +86,7 @@ def test_folder_holds_student_picture_and_card_and_nothing_of_the_teacher(finish
     assert {"config.json", "model.safetensors", "results.json", "results.png", "README.md", "tokenizer.json"} <= names
     assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
     card = (folder / "README.md").read_text()
+    assert "{" not in card.split("## Citations")[0]
     assert "knowledge-distillation" in card and "student distilled" in card and str(folder.parent) not in card
     student = load_file(folder / "model.safetensors")
     assert student["classifier.weight"].shape == (6, 64)
@@ -214,6 +215,98 @@ def test_regression_from_files(tmp_path):
         *QUICK,
     )
     assert results["metric"] == "pearson" and results["agreement"] is None
+
+
+def test_other_data_in_the_same_file_is_another_run(tmp_path, pair_files):
+    teacher = save_teacher(tmp_path / "teacher", num_labels=2)
+    flags = [
+        "--teacher_model_name_or_path",
+        teacher,
+        "--train_file",
+        pair_files[0],
+        "--validation_file",
+        pair_files[1],
+        "--text_column_names",
+        "first",
+        "second",
+        "--label_column_name",
+        "verdict",
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--seeds",
+        "0",
+        *QUICK,
+    ]
+    run(*flags)
+    with open(pair_files[0]) as file:
+        rows = list(csv.reader(file))
+    write_csv(tmp_path / "train.csv", rows[:1] + rows[:0:-1])
+    with pytest.raises(ValueError, match="holds a run with other settings, data or checkpoints"):
+        run(*flags)
+    run(*flags, "--overwrite_output_dir", "true")
+    run(*flags)  # the flag is no setting
+
+
+def test_a_student_by_name_keeps_its_tokenizer_and_others_are_refused_early(tmp_path, pair_files):
+    student, teacher = save_teacher(tmp_path / "student", num_labels=2), tmp_path / "teacher"
+    other = train_wordpiece(["quick brown fox", "jumps over"], vocab_size=60)
+    families.build("bert", 2, num_labels=2, vocab_size=len(other)).save_pretrained(teacher)
+    other.save_pretrained(teacher)
+    flags = [
+        "--model_name_or_path",
+        student,
+        "--train_file",
+        pair_files[0],
+        "--validation_file",
+        pair_files[1],
+        "--text_column_names",
+        "first",
+        "second",
+        "--label_column_name",
+        "verdict",
+        "--seeds",
+        "0",
+        *QUICK,
+    ]
+    with pytest.raises(ValueError, match="Student and teacher tokenizers differ|The vocabularies differ"):
+        run(*flags, "--teacher_model_name_or_path", str(teacher), "--output_dir", str(tmp_path / "refused"))
+    assert not (tmp_path / "refused/_run.json").exists()
+    small = json.dumps({"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32})
+    run(*flags, "--teacher_config", small, "--output_dir", str(tmp_path / "out"))
+    vocabularies = [json.loads((tmp_path / name / "tokenizer.json").read_text())["model"]["vocab"] for name in ("out", "student")]
+    assert vocabularies[0] == vocabularies[1]
+
+
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        (
+            ["--teacher_config", '{"num_hiden_layers": 1}'],
+            "unknown key 'num_hiden_layers' in teacher_config. Did you mean 'num_hidden_layers'?",
+        ),
+        (["--teacher_training", '{"max_step": 3}'], "unknown key 'max_step' in teacher_training. Did you mean 'max_steps'?"),
+        (["--resume_from_checkpoint", "x"], "resume_from_checkpoint is not needed: start the same command again"),
+        (["--text_column_names", "nope"], "--text_column_names ['nope'] names columns of your own data, but none is given"),
+        (["--teacher_model_name_or_path", "teachr"], "The teacher 'teachr' is neither a folder with a model nor a Hub id"),
+        (["--model_name_or_path", "studnt"], "The tokenizer 'studnt' is neither a folder with a model nor a Hub id"),
+    ],
+)
+def test_flags_that_cannot_work(tmp_path, flags, words):
+    with pytest.raises(ValueError) as error:
+        recipe, parsed = settings("--output_dir", str(tmp_path), *flags)
+        recipe.main(*parsed)
+    assert words in str(error.value)
+
+
+def test_empty_cells_and_labels_only_in_validation(tmp_path):
+    good = [("text", "label"), ("red", 0), ("green", 1), ("blue", 0)]
+    train = write_csv(tmp_path / "a.csv", good)
+    for rows, words in (
+        ([*good, ("", 1)], "1 of 4 cells in column 'text' of the validation data are empty"),
+        ([*good, ("black", 7)], r"labels that the training data lacks: \[7\]"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load_named(files={"train": train, "validation": write_csv(tmp_path / "b.csv", rows)})
 
 
 def test_a_weak_teacher_is_refused(tmp_path, pair_files):

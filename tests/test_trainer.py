@@ -282,15 +282,18 @@ def test_random_layer_maps_change_from_step_to_step(tmp_path):
     assert len(set(maps)) > 1 and maps == [tuple(trainer.objective.pairs_at(step)["hidden"]) for step in range(8)]
 
 
-def test_similar_layer_map_is_kept_on_resume(tmp_path):
+def test_similar_layer_map_is_kept_on_resume(tmp_path, monkeypatch):
+    """The map is chosen on the untrained student; another student, or a trained one, might choose another."""
     options = dict(max_steps=4, save_strategy="steps", save_steps=2, layer_map="similar", hidden_weight=1.0, attention_weight=1.0)
     student, teacher = families.build("bert", 2, seed=1), families.build("bert", 4, seed=2)
     first, _ = run(student, teacher, ragged("bert"), arguments(tmp_path, **options))
+    chosen = first.objective.terms["hidden"].pairs
+    another = [(0, 0), (1, 3)] if chosen != [(0, 0), (1, 3)] else [(0, 1), (1, 2)]
+    monkeypatch.setattr("hfdistill.binding.similar_layer_map", lambda *_: another)
     other = families.build("bert", 2, seed=9)
-    second, _ = run(
-        other, families.build("bert", 4, seed=2), ragged("bert"), arguments(tmp_path, **options), resume=str(tmp_path / "checkpoint-2")
-    )
-    assert second.objective.terms["hidden"].pairs == first.objective.terms["hidden"].pairs
+    resume = str(tmp_path / "checkpoint-2")
+    second, _ = run(other, families.build("bert", 4, seed=2), ragged("bert"), arguments(tmp_path, **options), resume=resume)
+    assert second.objective.terms["hidden"].pairs == chosen != another
     for name, tensor in student.state_dict().items():
         assert torch.equal(other.state_dict()[name], tensor), name
 
@@ -522,3 +525,172 @@ def test_auto_class_reload_after_training_by_name(tmp_path):
     assert trainer.teacher.model.config.num_hidden_layers == 4 and trainer.state.log_history[0]["kd"] > 0
     trainer.save_model()
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "run").config.num_hidden_layers == 2
+
+
+# ---- What a wrong line would break silently ----
+
+
+def test_student_and_adapters_are_clipped_as_one(tmp_path):
+    class Norms(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+            gradients = [p.grad for p in [*model.parameters(), *trainers[0].objective.parameters()] if p.grad is not None]
+            norms.append(float(torch.stack([g.norm() for g in gradients]).norm()))
+
+    norms, trainers = [], []
+    student, teacher = families.build("bert", 2, seed=1), families.build("bert", 4, seed=2, hidden_size=48)
+    trainer = DistillationTrainer(
+        model=student, teacher=teacher, args=arguments(tmp_path, max_grad_norm=0.05, **ALL_TERMS), train_dataset=ragged("bert"),
+        data_collator=pad, callbacks=[Norms()],
+    )  # fmt: skip
+    trainers.append(trainer)
+    trainer.train()
+    assert norms == [pytest.approx(0.05, rel=1e-3)]
+
+
+def test_adapters_have_a_seed_of_their_own_and_no_decay(tmp_path):
+    """Trainer.__init__ sets the global seed; drawing something before adapters are made must not change them."""
+
+    def build(**options):
+        student, teacher = families.build("bert", 2, seed=1), families.build("bert", 4, seed=2, hidden_size=48)
+        args = arguments(tmp_path, hidden_weight=1.0, weight_decay=0.3, **options)
+        return DistillationTrainer(
+            model=student, teacher=teacher, args=args, train_dataset=ragged("bert"), data_collator=options_of_data.pop()
+        )
+
+    def draws(rows):
+        torch.rand(3)
+        return pad(rows)
+
+    options_of_data = [draws, pad]
+    first, second = build(), build()
+    for name, tensor in first.objective.state_dict().items():
+        assert torch.equal(second.objective.state_dict()[name], tensor)
+    groups = first.create_optimizer().param_groups
+    own = {id(p) for p in first.objective.parameters()}
+    assert [g["weight_decay"] for g in groups if own & {id(p) for p in g["params"]}] == [0.0] and groups[0]["weight_decay"] == 0.3
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_label_smoothing_is_that_of_the_stock_trainer(family, tmp_path):
+    losses = []
+    for cls in (Trainer, DistillationTrainer):
+        args = arguments(tmp_path, label_smoothing_factor=0.2, task_weight=1.0, kd_weight=0.0)
+        student = families.build(family, 2, seed=1, **without_dropout(family))
+        trainer = cls(model=student, args=args, train_dataset=ragged(family), data_collator=pad)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_under_bf16_the_teacher_runs_in_autocast_and_adapters_do_not(tmp_path):
+    student, teacher = families.build("bert", 2, seed=1), families.build("bert", 4, seed=2, hidden_size=48)
+    kinds = {}
+    teacher.bert.encoder.layer[0].attention.self.query.register_forward_hook(lambda m, a, out: kinds.__setitem__("teacher", out.dtype))
+    trainer = DistillationTrainer(
+        model=student,
+        teacher=teacher,
+        args=arguments(tmp_path, bf16=True, hidden_weight=1.0),
+        train_dataset=ragged("bert"),
+        data_collator=pad,
+    )
+    trainer.objective.terms["hidden"].adapters[0].register_forward_hook(lambda m, a, out: kinds.__setitem__("adapter", out.dtype))
+    trainer.train()
+    assert kinds == {"teacher": torch.bfloat16, "adapter": torch.float32}
+
+
+def test_a_user_optimizer_and_scheduler_train_the_adapters(tmp_path):
+    student, teacher = families.build("bert", 2, seed=1), families.build("bert", 4, seed=2, hidden_size=48)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    trainer = DistillationTrainer(
+        model=student, teacher=teacher, args=arguments(tmp_path, hidden_weight=1.0), train_dataset=ragged("bert"), data_collator=pad,
+        optimizers=(optimizer, scheduler),
+    )  # fmt: skip
+    before = state(trainer.objective)
+    trainer.train()
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in trainer.objective.state_dict().items())
+
+
+def test_each_trial_starts_from_the_adapter_as_given(tmp_path):
+    adapter = torch.nn.Linear(32, 48)
+    given = state(adapter)
+    student, teacher = families.build("bert", 2, seed=1), families.build("bert", 4, seed=2, hidden_size=48)
+    run(student, teacher, ragged("bert"), arguments(tmp_path), objective=[Term("hidden_mse", adapter=adapter)])
+    assert all(torch.equal(tensor, given[name]) for name, tensor in adapter.state_dict().items())
+
+
+def test_streams_and_float64(tmp_path):
+    from datasets import IterableDataset
+
+    rows = families.batch("bert", rows=8)
+    rows["labels"] = torch.rand(8, 3).round()
+
+    def generate():
+        for i in range(8):
+            yield {key: value[i].tolist() for key, value in rows.items()}
+
+    student, teacher = families.build("bert", 2, seed=1).double(), families.build("bert", 4, seed=2, hidden_size=48).double()
+    trainer, _ = run(student, teacher, IterableDataset.from_generator(generate), arguments(tmp_path, hidden_weight=1.0), data_collator=None)
+    assert student.config.problem_type == "multi_label_classification"
+    assert {p.dtype for p in trainer.objective.parameters()} == {torch.float64}
+
+
+def test_a_plain_module_is_evaluated_too(tmp_path):
+    class Bag(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = torch.nn.Embedding(families.VOCAB, 8), torch.nn.Linear(8, 3)
+
+        def forward(self, input_ids, attention_mask=None):
+            return {"logits": self.head(self.table(input_ids).mean(1))}
+
+    trainer = DistillationTrainer(
+        model=Bag(), teacher=families.build("bert", 2), args=arguments(tmp_path), train_dataset=ragged("bert"), eval_dataset=ragged("bert"),
+        data_collator=pad, compute_metrics=lambda p: {"rows": len(p.label_ids)},
+    )  # fmt: skip
+    trainer.train()
+    result = trainer.evaluate()
+    assert result["eval_rows"] == 8 and result["eval_loss"] > 0
+
+
+def test_changed_weights_on_resume_are_reported(tmp_path, caplog):
+    options = dict(max_steps=2, save_strategy="steps", save_steps=1)
+    run(families.build("bert", 2, seed=1), families.build("bert", 4, seed=2), ragged("bert"), arguments(tmp_path, **options))
+    again = families.build("bert", 2, seed=1), families.build("bert", 4, seed=2), ragged("bert")
+    run(*again, arguments(tmp_path, kd_weight=0.9, **options), resume=str(tmp_path / "checkpoint-1"))
+    assert any("The objective has changed since the checkpoint checkpoint-1" in record.getMessage() for record in caplog.records)
+
+
+def test_temperature_of_the_arguments_reaches_an_objective(tmp_path):
+    student, teacher = families.build("bert", 2, seed=1), families.build("bert", 4, seed=2)
+    args = arguments(tmp_path, temperature=8.0, objective=[{"loss": "soft_targets"}])
+    trainer, _ = run(student, teacher, ragged("bert"), args)
+    assert trainer.objective.describe()[0]["temperature"] == 8.0
+
+
+def test_card_names_objective_layers_and_no_folder_of_this_machine(tmp_path):
+    student, teacher = families.build("bert", 2, seed=1), families.build("bert", 4, seed=2, hidden_size=48)
+    trainer, _ = run(student, teacher, ragged("bert"), arguments(tmp_path, **ALL_TERMS))
+    trainer.create_model_card(license="apache-2.0", tags="demo", dataset="two rows")
+    card = (tmp_path / "README.md").read_text()
+    assert all(
+        word in card for word in ("attention_score_mse", "hidden_mse", "license: apache-2.0", "demo", "two rows", "Layer map", "hinton2015")
+    )
+    assert str(tmp_path) not in card and "{" not in card.split("## Citations")[0].replace("{{", "")
+
+
+def test_push_uploads_student_and_card_but_no_arms(tmp_path, monkeypatch):
+    seen = {}
+
+    class Api:
+        def upload_folder(self, **options):
+            seen.update(options)
+
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: Api())
+    monkeypatch.setattr(DistillationTrainer, "init_hf_repo", lambda self, **_: setattr(self, "hub_model_id", "org/student"))
+    student, teacher = families.build("bert", 2, seed=1), families.build("bert", 4, seed=2)
+    trainer, _ = run(student, teacher, ragged("bert"), arguments(tmp_path))
+    trainer.push_to_hub()
+    assert seen["repo_id"] == "org/student" and "_*" in seen["ignore_patterns"]
+    assert {"README.md", "config.json", "model.safetensors"} <= {path.name for path in tmp_path.iterdir()}
+    assert 'model="org/student"' in (tmp_path / "README.md").read_text()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -52,13 +54,25 @@ class TextData:
     description: str = ""
     embedded: bool = False
 
+    def fingerprint(self) -> str:
+        """sha256 of every text and label that is used, in order."""
+        digest = hashlib.sha256(json.dumps(self.label_names).encode())
+        for split in (self.teacher_train, self.labelled, self.transfer, *self.evaluation.values()):
+            for column in (*self.text_columns, "label"):
+                digest.update(json.dumps(split[column][:]).encode())
+        return digest.hexdigest()
 
-def load_embedded(labelled_rows: int | None = 300, seed: int = 0) -> TextData:
+
+def load_embedded(
+    labelled_rows: int | None = 300, seed: int = 0, max_train_samples: int | None = None, max_eval_samples: int | None = None
+) -> TextData:
     """The default task: which area of the standard library is this documentation about? No network is used.
 
     Args:
         labelled_rows: how many labels the student gets, stratified; `None` gives it and its teacher every label.
         seed: of the split, not of any training.
+        max_train_samples: rows of each training split that are used.
+        max_eval_samples: rows of the test split that are used.
     """
     from datasets import concatenate_datasets
 
@@ -69,11 +83,12 @@ def load_embedded(labelled_rows: int | None = 300, seed: int = 0) -> TextData:
         everything = concatenate_datasets([teacher_train, transfer])
         teacher_train, labelled, transfer = everything, everything, transfer.select([])
     texts = [*splits["teacher"]["text"], *splits["transfer"]["text"], *load_topics_paragraphs()]
+    teacher_train, labelled, transfer = (_first(split, max_train_samples) for split in (teacher_train, labelled, transfer))
     return TextData(
         teacher_train,
         labelled,
         transfer,
-        {"test": splits["test"]},
+        {"test": _first(splits["test"], max_eval_samples)},
         ("text",),
         names,
         vocabulary_texts=texts,
@@ -107,7 +122,7 @@ def load_named(
     raw = _load(task_name, dataset_name, dataset_config_name, files, cache_dir)
     if "train" not in raw:
         raise ValueError(f"The data has no 'train' split, only {sorted(raw)}. Pass --train_file, or a data set with one.")
-    train = raw["train"].select(range(min(max_train_samples or len(raw["train"]), len(raw["train"]))))
+    train = _first(raw["train"], max_train_samples)
     evaluation = {name: split for name, split in raw.items() if name.startswith("validation")} or {
         name: split for name, split in raw.items() if name == "test"
     }
@@ -115,7 +130,7 @@ def load_named(
         raise ValueError(
             f"The data has no 'validation' or 'test' split, only {sorted(raw)}, so nothing could be measured. Pass --validation_file."
         )
-    evaluation = {k: v.select(range(min(max_eval_samples or len(v), len(v)))) for k, v in evaluation.items()}
+    evaluation = {name: _first(split, max_eval_samples) for name, split in evaluation.items()}
     text_columns = _text_columns(task_name, text_column_names, train)
     label = label_column_name or next((name for name in ("label", "labels") if name in train.column_names), None)
     if label is None or label not in train.column_names:
@@ -123,6 +138,14 @@ def load_named(
             f"The training data has no label column {label_column_name or 'label'!r}, only {train.column_names}. Pass --label_column_name."
         )
     train, evaluation = _rename(train, label), {name: _rename(split, label) for name, split in evaluation.items()}
+    for name, split in {"train": train, **evaluation}.items():
+        for column in (*text_columns, "label"):
+            empty = sum(value is None for value in split[column])
+            if empty:
+                raise ValueError(
+                    f"{empty} of {len(split)} cells in column {label if column == 'label' else column!r} of the {name} data are empty. "
+                    "Fill them or drop these rows; for texts without a label use --labelled_rows."
+                )
     is_regression = train.features["label"].dtype in ("float32", "float64")
     train, evaluation, names = _encode_labels(train, evaluation, is_regression)
     labelled, transfer = train, train.select([])
@@ -142,10 +165,15 @@ def load_named(
     )
 
 
+def _first(split, rows: int | None):
+    return split if rows is None else split.select(range(min(rows, len(split))))
+
+
 def match_labels(data: TextData, config) -> TextData:
     """`data` with label ids in the order of a given teacher's `config`, compared by name (case does not matter).
 
-    A teacher that names none of its labels is taken to number them as the data does; whether it does, its accuracy shows.
+    Where one of the two names none of its labels, both are taken to number them alike; whether they do, the teacher's
+    accuracy shows. The names are the teacher's from then on, or the data's where the teacher has none.
 
     Raises:
         ValueError: when the names or their number differ.
@@ -154,9 +182,9 @@ def match_labels(data: TextData, config) -> TextData:
         return data
     names = [str(config.id2label[i]) for i in sorted(config.id2label, key=int)]
     ours, theirs = [name.casefold() for name in data.label_names], [name.casefold() for name in names]
-    generic = all(re.fullmatch(r"label_\d+", name) for name in theirs)
+    generic = any(all(re.fullmatch(r"label_\d+", name) for name in side) for side in (ours, theirs))
     if ours == theirs or (generic and len(ours) == len(theirs)):
-        return data
+        return data if all(re.fullmatch(r"label_\d+", name) for name in theirs) else replace(data, label_names=names)
     if sorted(ours) != sorted(theirs):
         raise ValueError(
             f"The data has the labels {data.label_names[:6]} and the teacher {names[:6]}: its answers could not be told right from wrong. "
@@ -239,12 +267,12 @@ def _encode_labels(train, evaluation, is_regression: bool):
     if hasattr(feature, "names"):
         return train, evaluation, list(feature.names)
     values = sorted(set(train["label"]))
-    if values == list(range(len(values))):
-        return train, evaluation, [f"LABEL_{i}" for i in values]
     number = {value: i for i, value in enumerate(values)}
     unknown = sorted({v for split in evaluation.values() for v in split["label"]} - set(values), key=str)
     if unknown:
         raise ValueError(f"The evaluation data has labels that the training data lacks: {unknown[:5]}. Correct the split.")
+    if values == list(range(len(values))):
+        return train, evaluation, [f"LABEL_{i}" for i in values]
 
     def encode(split):
         return _relabel(split, [number[value] for value in split["label"]])

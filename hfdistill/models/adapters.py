@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import nn
@@ -46,7 +47,7 @@ def build_adapter(kind: str | nn.Module, student_width: int, teacher_width: int)
     Shapes: `(..., student_width)` -> `(..., teacher_width)`. The weights are drawn from torch's global generator.
 
     Args:
-        kind (`str` or `nn.Module`): a name in `ADAPTERS`, or a module that is used as it is.
+        kind (`str` or `nn.Module`): a name in `ADAPTERS`, or a module, of which a copy is used.
         student_width (`int`): width of the student's features.
         teacher_width (`int`): width of the teacher's features.
 
@@ -54,7 +55,7 @@ def build_adapter(kind: str | nn.Module, student_width: int, teacher_width: int)
         ValueError: for an unknown kind, and for `none` with unequal widths.
     """
     if isinstance(kind, nn.Module):
-        return kind
+        return copy.deepcopy(kind)  # each pair, and each trial of a search, starts from the weights as given
     build: Any = ADAPTERS.get(kind) if isinstance(kind, str) else None
     if build is None:
         raise ValueError(f"Unknown adapter {kind!r}.{did_you_mean(kind, ADAPTERS)} Use one of {', '.join(ADAPTERS)}, or pass an nn.Module.")

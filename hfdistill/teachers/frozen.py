@@ -10,7 +10,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor, nn
 
-from ..capture import Capture, CapturePlan
+from ..capture import Capture, CapturePlan, move_to
 from ..signals import Signals
 
 
@@ -43,7 +43,9 @@ class FrozenTeacher:
                 type(model).__name__,
             )
         self.model = model.requires_grad_(False).eval()
-        if device is not None or dtype is not None:
+        # Quantized and dispatched models refuse to be moved; they are where they should be.
+        placed = getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)
+        if not placed and (device is not None or dtype is not None):
             self.model.to(device=device, dtype=dtype)
         self.batch_size = batch_size
         self.autocast = autocast or nullcontext
@@ -52,10 +54,6 @@ class FrozenTeacher:
     @property
     def columns(self) -> list[str]:
         return self.capture.columns
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
 
     def __call__(self, batch: Mapping, plan: CapturePlan) -> Signals:
         """The teacher's signals on `batch`, on the device of the batch, without a graph."""
@@ -69,13 +67,8 @@ class FrozenTeacher:
         with torch.no_grad(), self.autocast():
             for start in range(0, rows, step):
                 cut = {k: v[start : start + step] if isinstance(v, Tensor) and v.size(0) == rows else v for k, v in inputs.items()}
-                cut = {k: self._cast(v) if isinstance(v, Tensor) else v for k, v in cut.items()}
-                parts.append(self.capture(cut, plan))
+                parts.append(self.capture(move_to(cut, self.model), plan))
         return concatenate(parts, home)
-
-    def _cast(self, tensor: Tensor) -> Tensor:
-        dtype = next(self.model.parameters()).dtype if tensor.is_floating_point() else None
-        return tensor.to(device=self.device, dtype=dtype)
 
 
 def concatenate(parts: list[Signals], device) -> Signals:

@@ -28,13 +28,26 @@ def load_teacher(name_or_path: str, task: str, init_kwargs: dict | None = None) 
     """
     if task not in AUTO_CLASSES:
         raise ValueError(f"A teacher cannot be loaded by name for a student of task {task!r}. Load it yourself and pass the module.")
+    return load_named_part(getattr(transformers, AUTO_CLASSES[task]), name_or_path, "teacher", **(init_kwargs or {}))
+
+
+def load_named_part(auto_class, name_or_path: str, role: str, **options):
+    """`auto_class.from_pretrained(name_or_path)` with one clear message when there is nothing under that name.
+
+    Args:
+        auto_class: `AutoTokenizer`, `AutoConfig`, `AutoModelFor...`.
+        name_or_path: a folder or a Hub id.
+        role: what it is for, in the message: `teacher`, `student`, `tokenizer of the student`, ...
+
+    Raises:
+        ValueError: when it cannot be found or reached.
+    """
     try:
-        return getattr(transformers, AUTO_CLASSES[task]).from_pretrained(name_or_path, **(init_kwargs or {}))
+        return auto_class.from_pretrained(name_or_path, **options)
     except OSError as error:
         raise ValueError(
-            f"The teacher {name_or_path!r} is neither a folder with a model nor a Hub id that can be reached ({_first_line(error)}). "
-            "Check the "
-            "spelling, download it where there is a network (`hf download`) and give the folder, or pass a module."
+            f"The {role} {name_or_path!r} is neither a folder with a model nor a Hub id that can be reached ({_first_line(error)}). Check "
+            "the spelling, download it where there is a network (`hf download`) and give the folder, or pass a module."
         ) from error
 
 
