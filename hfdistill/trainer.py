@@ -15,6 +15,7 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from .arguments import DistillationTrainingArguments
 from .binding import build_objective
@@ -374,6 +375,14 @@ class DistillationTrainer(Trainer):
     def _record(self) -> dict:
         maps = {name: term.pairs for name, term in self.objective.terms.items() if term.layered}
         return {"layer_maps": maps, "objective": self.objective.describe()}
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            # A pickle that nothing reads, with the paths of this machine in it, and pushed with the rest.
+            path = os.path.join(output_dir if output_dir is not None else self.args.output_dir, TRAINING_ARGS_NAME)
+            if os.path.exists(path):
+                os.remove(path)
 
     def _save_checkpoint(self, model, trial):
         if self.args.should_save:  # before super(), which pushes and rotates
