@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers.trainer_utils import get_last_checkpoint
 
 from .baselines import majority_share
 from .benchmark import count_parameters, interleaved_latency, size_on_disk
@@ -117,7 +116,7 @@ class Run:
         if self.args.should_save:
             self.root.mkdir(parents=True, exist_ok=True)
             (self.root / MARK).write_text(json.dumps({"fingerprint": self.fingerprint}))
-        checkpoint = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+        checkpoint = last_whole_checkpoint(folder)
         start = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - start if checkpoint is None else None  # what went before the kill is not known
@@ -182,6 +181,12 @@ class Run:
         trainer.model.load_state_dict(model.state_dict())
         with np.load(folder / "predictions.npz", allow_pickle=False) as arrays:
             return Arm(name, trainer, record["metrics"], arrays["logits"], arrays["labels"], record["seconds"], record["log_history"])
+
+
+def last_whole_checkpoint(folder: str | os.PathLike) -> str | None:
+    """The newest checkpoint in `folder` that was written to its end: `trainer_state.json` comes last."""
+    whole = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
 
 def run_fingerprint(config_sha256: str, data_fingerprint: str, checkpoints: list[str | None]) -> str:

@@ -279,12 +279,11 @@ class DistillationTrainer(Trainer):
                 unit = self.objective.unit_of(term, pair)
                 expected = count_units(inputs, [unit], self.objective.task, self.objective.problem_type)[unit]
                 if expected is not None and int(expected) != int(seen):
+                    where = "" if pair is None else f" at student block {pair[0]}, teacher block {pair[1]}"
                     raise ValueError(
                         f"The term {part.name!r} compared {int(seen)} rows ({unit.kind}) of the first batch, but {int(expected)} were "
-                        "expected from "
-                        f"its masks{'' if pair is None else f' at student block {pair[0]}, teacher block {pair[1]}'}: the loss would be "
-                        "scaled "
-                        "wrongly. The two models mask the input differently; remove this term, and please report the architectures."
+                        f"expected from its masks{where}: the loss would be scaled wrongly. The two models mask the input differently; "
+                        "remove this term, and please report the architectures."
                     )
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -402,6 +401,19 @@ class DistillationTrainer(Trainer):
     def _load_side_file(self, folder: str) -> None:
         record = read_record(folder)
         if record is not None:
+            saved = {name: None if p is None else [tuple(pair) for pair in p] for name, p in record["layer_maps"].items()}
+            now = {name: term.pairs for name, term in self.objective.terms.items() if term.layered}
+            changed = {name for name in saved.keys() | now.keys() if saved.get(name, "none") != now.get(name, "none")}
+            by_similarity = {n for n in changed if n in now and self._layer_map_of(n) == "similar" and saved.get(n) is not None}
+            if changed - by_similarity:
+                name = sorted(changed - by_similarity)[0]
+                then, today = saved.get(name, "none"), now.get(name, "none")
+                raise ValueError(
+                    f"The checkpoint {os.path.basename(folder)} was trained with layer map {then} for the term {name!r}, now it is {today}. "
+                    "Use the settings of that run, or start anew without resume_from_checkpoint."
+                )
+            if by_similarity:  # chosen on the untrained student: the choice of the run goes on
+                self._bind(fixed_maps={n: saved[n] for n in by_similarity})
             if record["objective"] != json.loads(json.dumps(self.objective.describe())):
                 logger.warning(
                     "The objective has changed since the checkpoint %s (then %s, now %s): the run goes on with the new one.",
@@ -409,19 +421,6 @@ class DistillationTrainer(Trainer):
                     record["objective"],
                     self.objective.describe(),
                 )
-            saved = {name: None if p is None else [tuple(pair) for pair in p] for name, p in record["layer_maps"].items()}
-            now = {name: term.pairs for name, term in self.objective.terms.items() if term.layered}
-            changed = {name for name in saved.keys() | now.keys() if saved.get(name, "none") != now.get(name, "none")}
-            by_similarity = {n for n in changed if n in now and self._layer_map_of(n) == "similar" and saved.get(n) is not None}
-            if changed - by_similarity:
-                name = sorted(changed - by_similarity)[0]
-                raise ValueError(
-                    f"The checkpoint {os.path.basename(folder)} was trained with layer map {saved.get(name, 'none')} for the term "
-                    f"{name!r}, now it is "
-                    f"{now.get(name, 'none')}. Use the settings of that run, or start anew without resume_from_checkpoint."
-                )
-            if by_similarity:  # chosen on the untrained student: the choice of the run goes on
-                self._bind(fixed_maps={n: saved[n] for n in by_similarity})
         load_side_file(folder, self.objective)
 
     def _layer_map_of(self, name: str):
@@ -485,3 +484,6 @@ class _ObjectiveCallback(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.objective.zero_grad()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer._window = None  # its counts belong to the last step alone

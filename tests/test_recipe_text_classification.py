@@ -9,6 +9,7 @@ import sys
 import families
 import pytest
 import torch
+import transformers
 from recipes_under_test import ROOT, load_recipe
 from safetensors.torch import load_file
 
@@ -117,6 +118,40 @@ def test_a_finished_run_is_read_back_and_another_one_refused(finished, capsys):
     assert again["agreement"] == results["agreement"]
     with pytest.raises(ValueError, match="holds a run with other settings"):
         run("--config", CONFIG, "--output_dir", str(folder), "--seeds", "0", *QUICK)
+
+
+def test_a_killed_arm_goes_on_from_its_last_whole_checkpoint(tmp_path):
+    from training import arguments, pad, ragged
+
+    from hfdistill import DistillationTrainer, Run
+
+    def finish(folder, stop_after=None):
+        student, teacher = families.build("bert", 2, seed=1), families.build("bert", 4, seed=2, hidden_size=48)
+        run_of = Run(arguments(folder), "a" * 64)
+        args = arguments(run_of.folder("x"), max_steps=6, save_strategy="steps", save_steps=2, hidden_weight=1.0)
+        trainer = DistillationTrainer(
+            model=student, teacher=teacher, args=args, train_dataset=ragged("bert"), eval_dataset=ragged("bert"), data_collator=pad
+        )
+        if stop_after is not None:
+
+            class Kill(transformers.TrainerCallback):
+                def on_step_begin(self, args, state, control, **kwargs):
+                    if state.global_step == stop_after:
+                        raise KeyboardInterrupt
+
+            trainer.add_callback(Kill())
+        return run_of.finish("x", trainer)
+
+    whole = finish(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        finish(tmp_path / "killed", stop_after=5)
+    half = tmp_path / "killed/_arms/x/checkpoint-5"  # killed while saving: everything but the end
+    half.mkdir()
+    (half / "distillation_state.safetensors").write_bytes(b"half")
+    resumed = finish(tmp_path / "killed")
+    assert resumed.seconds is None and [log["step"] for log in resumed.log_history if "loss" in log] == [1, 2, 3, 4, 5, 6]
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
 
 
 def write_csv(path, rows):
