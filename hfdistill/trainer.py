@@ -409,7 +409,7 @@ class DistillationTrainer(Trainer):
                 name = sorted(changed - by_similarity)[0]
                 then, today = saved.get(name, "none"), now.get(name, "none")
                 raise ValueError(
-                    f"The checkpoint {os.path.basename(folder)} was trained with layer map {then} for the term {name!r}, now it is {today}. "
+                    f"The checkpoint {os.path.basename(folder)} was trained with layer map {then} for the term {name!r}, now {today}. "
                     "Use the settings of that run, or start anew without resume_from_checkpoint."
                 )
             if by_similarity:  # chosen on the untrained student: the choice of the run goes on
