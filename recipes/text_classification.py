@@ -183,11 +183,13 @@ def main(recipe, args):
             return hfdistill.load_named_part(
                 AutoModelForSequenceClassification, student_name, "student", revision=recipe.model_revision, **options, **labels
             )
-        layers = recipe.student_layers or max(teacher.config.num_hidden_layers // 2, 1)
-        copy_weights = recipe.student_init == "teacher"
-        return hfdistill.build_student(
+        layers, copy_weights = recipe.student_layers or max(teacher.config.num_hidden_layers // 2, 1), recipe.student_init == "teacher"
+        built = hfdistill.build_student(
             teacher, layers, layer_map=copied, copy_weights=copy_weights, seed=seed, **(recipe.student_config or {})
         )
+        if seed == recipe.seeds[0] and copy_weights:
+            run.say(f"Student from teacher: {built.copy_report}")
+        return built
 
     mixed = concatenate_datasets([labelled, transfer]) if len(transfer) else labelled
     arms = {"alone": [], "control": [], "distilled": []}

@@ -228,6 +228,46 @@ def test_pairs_from_files_with_a_teacher_by_name(tmp_path, pair_files):
     )
 
 
+def test_a_glue_task_has_its_columns_metrics_and_splits(tmp_path, monkeypatch):
+    """MNLI as the Hub gives it: three ClassLabels, matched and mismatched validation, a test part whose labels are -1."""
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+    names = ["entailment", "neutral", "contradiction"]
+    features = Features(
+        {"premise": Value("string"), "hypothesis": Value("string"), "label": ClassLabel(names=names), "idx": Value("int32")}
+    )
+
+    def split(rows, label=None):
+        columns = {"premise": ["red green"] * rows, "hypothesis": ["blue", "red", "black"] * (rows // 3), "idx": list(range(rows))}
+        return Dataset.from_dict({**columns, "label": [i % 3 if label is None else label for i in range(rows)]}, features=features)
+
+    parts = {"train": split(30), "validation_matched": split(12), "validation_mismatched": split(9), "test_matched": split(3, -1)}
+    asked = []
+    monkeypatch.setattr("datasets.load_dataset", lambda *names, **options: asked.append(names) or DatasetDict(parts))
+    teacher = save_teacher(
+        tmp_path / "teacher", num_labels=3, id2label=dict(enumerate(names[::-1])), label2id={name: 2 - i for i, name in enumerate(names)}
+    )
+    results = run(
+        "--task_name",
+        "mnli",
+        "--teacher_model_name_or_path",
+        teacher,
+        "--labelled_rows",
+        "12",
+        "--student_layers",
+        "1",
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--seeds",
+        "0",
+        *QUICK,
+    )
+    assert asked == [("nyu-mll/glue", "mnli")] and results["metric"] == "accuracy"
+    assert results["evaluation"].keys() == {"validation_matched", "validation_mismatched"}
+    assert json.loads((tmp_path / "out/config.json").read_text())["id2label"]["0"] == "contradiction"  # the teacher's order
+    assert results["baselines"]["tfidf_logreg"] == 1.0  # the hypothesis gives the label away: texts and labels still belong together
+
+
 def test_regression_from_files(tmp_path):
     rows = [("text", "score")] + [(f"{'red ' * n}green", n / 4) for n in range(1, 9)] * 4
     train, held = write_csv(tmp_path / "a.csv", rows), write_csv(tmp_path / "b.csv", rows[:9])
