@@ -64,7 +64,7 @@ def test_points_error_bars_and_line(tmp_path, figure):
         line for line in axis.get_lines() if line.get_linestyle() == "--" and len(set(line.get_ydata())) == 1 and len(line.get_ydata())
     ]
     assert [line.get_ydata()[0] for line in dashed] == [0.555]
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["TF-IDF + logistic regression  0.555"]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["TF-IDF + logistic regression, student's labels  0.555"]
     place = axis.transAxes.transform((bars[0.717][0].get_xdata()[0], 0))[0]
     assert axis.transData.inverted().transform((place, 0))[0] == pytest.approx(2.69)
 

@@ -121,7 +121,7 @@ def test_rows_and_table():
         "| student alone | 0.417 ± 0.015 | 233,350 | 0.93 | 0.81 | – | – |",
         "| student distilled | 0.640 ± 0.010 | 233,350 | 0.93 | 0.81 | 0.500 | 0.750 |",
         "| control: student on the teacher's labels | 0.693 ± 0.006 | 233,350 | 0.93 | 0.81 | – | – |",
-        "| TF-IDF + logistic regression | 0.555 | – | – | – | – | – |",
+        "| TF-IDF + logistic regression, student's labels | 0.555 | – | – | – | – | – |",
     ]
     results["agreements"] = {"alone": 0.25, "distilled": 0.5, "control": 0.625}
     assert [row["agreement with teacher"] for row in results_rows(results)] == [None, 0.25, 0.5, 0.625, None]

@@ -45,9 +45,13 @@ def test_weights_follow_the_global_seed():
         assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_module_is_used_as_it_is():
+def test_of_a_module_a_copy_is_used():
     mine = nn.Linear(3, 5)
-    assert build_adapter(mine, 3, 5) is mine
+    built = build_adapter(mine, 3, 5)
+    assert built is not mine and torch.equal(built.weight, mine.weight)
+    with torch.no_grad():
+        built.weight.zero_()
+    assert mine.weight.abs().sum() > 0
 
 
 def test_none_refuses_unequal_widths():
