@@ -107,3 +107,8 @@ def ragged(family: str, rows: int = 8, seed: int = 1) -> Rows:
 
 def flat(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([gradients[name].flatten().double() for name in sorted(gradients)])
+
+
+def state(model) -> dict[str, torch.Tensor]:
+    """A copy of the weights as they are now."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
