@@ -49,8 +49,11 @@ def linear_baselines(data, score) -> dict[str, float]:
     def fitted_on(split) -> float:
         return score(tfidf_logistic_regression(texts(split), split["label"][:], texts(test)), references)
 
+    frequent = np.bincount(references).argmax()
+    majority = {"majority": score(np.full(len(references), frequent), references)}
+    if len(set(data.labelled["label"])) < 2:
+        return majority  # one class only: there is nothing to fit
     values = {"tfidf_logreg": fitted_on(data.labelled)}
     if len(data.transfer):
         values["tfidf_logreg_teacher_labels"] = fitted_on(data.teacher_train)
-    frequent = np.bincount(references).argmax()
-    return {**values, "majority": score(np.full(len(references), frequent), references)}
+    return {**values, **majority}

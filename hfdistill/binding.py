@@ -117,7 +117,7 @@ def build_task_loss(task: str, problem_type: str | None, label_smoothing: float 
 
 
 def _problem_type(student: Capture, teacher: Capture | None, labels_dtype: torch.dtype | None, compares_logits: bool) -> str:
-    """The student's problem type; where its config is silent, the teacher's."""
+    """The student's problem type; where its config is silent and logits are compared, the teacher's."""
     configs = [getattr(capture.inner, "config", None) if capture is not None else None for capture in (student, teacher)]
     own, other = (getattr(config, "problem_type", None) for config in configs)
     if own and other and own != other and compares_logits:
@@ -125,7 +125,7 @@ def _problem_type(student: Capture, teacher: Capture | None, labels_dtype: torch
             f"The student is trained for {own} and the teacher for {other}: their logits do not mean the same. "
             "Set config.problem_type of both models alike, or compare hidden states instead of logits."
         )
-    return own or other or problem_type_of(student.model, labels_dtype)
+    return own or (other if compares_logits else None) or problem_type_of(student.model, labels_dtype)
 
 
 def _wants(terms: list[Term], args, strategy: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -268,7 +269,9 @@ class Capture:
 
 def move_to(inputs: Mapping, model: nn.Module) -> dict:
     """`inputs` on the device of `model`, floats (images) in the dtype of its weights."""
-    parameter = next(model.parameters())
+    parameter = next(itertools.chain(model.parameters(), model.buffers()), None)
+    if parameter is None:
+        return dict(inputs)
     return {
         key: value.to(device=parameter.device, dtype=parameter.dtype if value.is_floating_point() else None)
         if isinstance(value, Tensor)

@@ -27,6 +27,7 @@ from .trainer import DistillationTrainer
 # The Trainer uploads everything in output_dir but names that start with `_` or `checkpoint-`.
 ARMS = "_arms"
 MARK = "_run.json"
+MODEL_FILES = (".safetensors", ".bin", ".json", ".txt", ".model")
 
 
 @dataclass
@@ -116,7 +117,7 @@ class Run:
         if self.args.should_save:
             self.root.mkdir(parents=True, exist_ok=True)
             (self.root / MARK).write_text(json.dumps({"fingerprint": self.fingerprint}))
-        checkpoint = last_whole_checkpoint(folder)
+        checkpoint = last_whole_checkpoint(folder, trainer.accelerator.num_processes)
         start = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - start if checkpoint is None else None  # what went before the kill is not known
@@ -183,23 +184,35 @@ class Run:
             return Arm(name, trainer, record["metrics"], arrays["logits"], arrays["labels"], record["seconds"], record["log_history"])
 
 
-def last_whole_checkpoint(folder: str | os.PathLike) -> str | None:
-    """The newest checkpoint in `folder` that was written to its end: `trainer_state.json` comes last."""
-    whole = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+def last_whole_checkpoint(folder: str | os.PathLike, ranks: int = 1) -> str | None:
+    """The newest checkpoint in `folder` that was written to its end; those cut short by a kill are passed over.
+
+    Args:
+        ranks: processes of the run, each of which leaves its random state.
+    """
+    folders = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for path in folders:
+        try:
+            json.loads((path / "trainer_state.json").read_text())  # the trainer writes it last
+        except (OSError, ValueError):
+            continue
+        if len(list(path.glob("rng_state*.pth"))) >= ranks:
+            return str(path)
+    return None
 
 
 def run_fingerprint(config_sha256: str, data_fingerprint: str, checkpoints: list[str | None]) -> str:
-    """sha256 of what decides the results of a run: its settings, its data, and the weights of local checkpoints.
+    """sha256 of what decides the results of a run: its settings, its data, and the files of local models and tokenizers.
 
     Args:
         checkpoints: folders or Hub ids; the latter are known by name (and revision, which is a setting).
     """
     digest = hashlib.sha256(f"{config_sha256} {data_fingerprint}".encode())
     for folder in filter(None, checkpoints):
-        for path in sorted(Path(folder).glob("*.safetensors")) if os.path.isdir(folder) else []:
-            with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+        for path in sorted(Path(folder).iterdir()) if os.path.isdir(folder) else []:
+            if path.suffix in MODEL_FILES and path.is_file():
+                with open(path, "rb") as file:
+                    digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 
@@ -147,7 +148,8 @@ class DistillationTrainer(Trainer):
         if args.remove_unused_columns:
             check_columns(self.model, self.train_dataset)
         example = self._collate(2)
-        check_labels(example, terms)
+        if self.train_dataset is not None:
+            check_labels(example, terms)
         labels = None if example is None else labels_of(example)
         maps = [args.layer_map, *(term.layer_map for term in terms if isinstance(term.layer_map, str))]
         config = getattr(unwrap_peft(self.model), "config", None)
@@ -188,7 +190,7 @@ class DistillationTrainer(Trainer):
         collate = self._get_collator_with_removed_columns(self.data_collator)
         states = random.getstate(), np.random.get_state()
         with torch.random.fork_rng(devices=[]):
-            if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+            if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset):
                 rows = [dataset[i] for i in range(min(count, len(dataset)))]
             else:
                 rows = list(itertools.islice(iter(dataset), count))

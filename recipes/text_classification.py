@@ -93,7 +93,7 @@ def main(recipe, args):
             "resume_from_checkpoint is not needed: start the same command again, and arms that were killed go on where they were"
         )
     check_keys(recipe.teacher_config, BertConfig().to_dict(), "teacher_config")
-    check_keys(recipe.teacher_training, args.to_dict(), "teacher_training")
+    check_keys(recipe.teacher_training, args.to_dict().keys() - {"output_dir", "push_to_hub"}, "teacher_training")
     use_cpu_threads(args, recipe.cpu_threads)
     say = print if args.should_log else lambda *_: None
 
@@ -131,9 +131,8 @@ def main(recipe, args):
         teacher = BertForSequenceClassification(BertConfig(vocab_size=vocabulary, pad_token_id=tokenizer.pad_token_id, **labels, **sizes))
 
     sha = config_sha256((recipe, args))
-    run = hfdistill.Run(
-        args, hfdistill.run_fingerprint(sha, data.fingerprint(), [teacher_name, student_name]), overwrite=recipe.overwrite_output_dir
-    )
+    folders = [teacher_name, student_name, recipe.tokenizer_name]
+    run = hfdistill.Run(args, hfdistill.run_fingerprint(sha, data.fingerprint(), folders), overwrite=recipe.overwrite_output_dir)
     headline = hfdistill.GLUE_METRICS[recipe.task_name][0] if recipe.task_name else "pearson" if data.is_regression else "accuracy"
     metric = hfdistill.load_metric("glue", recipe.task_name) if recipe.task_name else hfdistill.load_metric(headline)
 
@@ -173,9 +172,13 @@ def main(recipe, args):
         hfdistill.refuse_weak_teacher(teacher_arm, recipe.allow_weak_teacher)
 
     # ---- Students: distilled; alone on the same labels; control on all labels of the teacher ----
-    copied = "uniform" if args.layer_map in ("random", "similar", "original", "skip") else args.layer_map
-    if student_name is None and recipe.student_init == "teacher" and copied != args.layer_map:
-        run.say(f"Weights are copied by {copied!r}: {args.layer_map!r} does not give one teacher block to each student block beforehand")
+    layers, copied = recipe.student_layers or max(teacher.config.num_hidden_layers // 2, 1), args.layer_map
+    if copied not in ("random", "similar", "original"):
+        pairs = hfdistill.resolve_layer_map(copied, layers, teacher.config.num_hidden_layers)
+    if copied in ("random", "similar", "original") or [s for s, _ in pairs] != list(range(layers)):
+        copied = "uniform"
+        if student_name is None and recipe.student_init == "teacher":
+            run.say(f"Weights are copied by 'uniform': {args.layer_map!r} does not give each student block one teacher block")
 
     def student(seed):
         set_seed(seed)
@@ -183,7 +186,7 @@ def main(recipe, args):
             return hfdistill.load_named_part(
                 AutoModelForSequenceClassification, student_name, "student", revision=recipe.model_revision, **options, **labels
             )
-        layers, copy_weights = recipe.student_layers or max(teacher.config.num_hidden_layers // 2, 1), recipe.student_init == "teacher"
+        copy_weights = recipe.student_init == "teacher"
         built = hfdistill.build_student(
             teacher, layers, layer_map=copied, copy_weights=copy_weights, seed=seed, **(recipe.student_config or {})
         )

@@ -330,6 +330,9 @@ def test_problem_types_that_differ(tmp_path):
     trainer = build(tmp_path, student, teacher, data=data, task_weight=0.0)
     assert type(trainer.objective.terms["kd"].loss).__name__ == "BinarySoftTargetsLoss"
     assert student.config.problem_type == "multi_label_classification"
+    silent = families.build("bert", 2)  # hidden states alone: the teacher's task is none of the student's business
+    build(tmp_path, silent, teacher, kd_weight=0.0, hidden_weight=1.0)
+    assert silent.config.problem_type == "single_label_classification"
     other = families.build("bert", 2)
     other.config.problem_type = "regression"
     with pytest.raises(

@@ -108,3 +108,11 @@ def test_prediction_without_labels_drops_what_only_the_teacher_reads(tmp_path):
     batch = families.batch("bert", labels=False)
     batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
     assert trainer.predict(Rows(batch)).predictions.shape == (3, 3)
+
+
+def test_without_training_data_labels_are_not_asked_for(tmp_path):
+    data = Rows(families.batch("bert", labels=False))
+    trainer = DistillationTrainer(
+        model=families.build("bert", 2), args=arguments(tmp_path, task_weight=1.0, kd_weight=0.0), eval_dataset=data, data_collator=pad
+    )
+    assert trainer.predict(data).predictions.shape == (3, 3)

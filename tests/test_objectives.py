@@ -222,6 +222,15 @@ def test_streams_and_float64(tmp_path):
         for i in range(8):
             yield {key: value[i].tolist() for key, value in rows.items()}
 
+    class Sized(torch.utils.data.IterableDataset):
+        def __len__(self):
+            return 8
+
+        def __iter__(self):
+            return iter(ragged("bert")[i] for i in range(8))
+
+    run(families.build("bert", 2), families.build("bert", 4), Sized(), arguments(tmp_path, train_sampling_strategy="random"))
+
     student, teacher = families.build("bert", 2, seed=1).double(), families.build("bert", 4, seed=2, hidden_size=48).double()
     trainer, _ = run(student, teacher, IterableDataset.from_generator(generate), arguments(tmp_path, hidden_weight=1.0), data_collator=None)
     assert student.config.problem_type == "multi_label_classification"

@@ -145,9 +145,13 @@ def test_a_killed_arm_goes_on_from_its_last_whole_checkpoint(tmp_path):
     whole = finish(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         finish(tmp_path / "killed", stop_after=5)
-    half = tmp_path / "killed/_arms/x/checkpoint-5"  # killed while saving: everything but the end
-    half.mkdir()
-    (half / "distillation_state.safetensors").write_bytes(b"half")
+    for step, state in ((5, None), (6, '{"epoch": 1.0, "global_st')):  # killed while saving, before the last file and in it
+        half = tmp_path / f"killed/_arms/x/checkpoint-{step}"
+        half.mkdir()
+        (half / "distillation_state.safetensors").write_bytes(b"half")
+        if state is not None:
+            (half / "trainer_state.json").write_text(state)
+            (half / "rng_state.pth").write_bytes(b"")
     resumed = finish(tmp_path / "killed")
     assert resumed.seconds is None and [log["step"] for log in resumed.log_history if "loss" in log] == [1, 2, 3, 4, 5, 6]
     for name, tensor in whole.model.state_dict().items():
@@ -320,6 +324,10 @@ def test_other_data_in_the_same_file_is_another_run(tmp_path, pair_files):
         run(*flags)
     run(*flags, "--overwrite_output_dir", "true")
     run(*flags)  # the flag is no setting
+    settings_of = tmp_path / "teacher/tokenizer_config.json"
+    settings_of.write_text(settings_of.read_text().replace("{", '{"truncation_side": "left",', 1))
+    with pytest.raises(ValueError, match="holds a run with other settings, data or checkpoints"):
+        run(*flags)
 
 
 def test_a_student_by_name_keeps_its_tokenizer_and_others_are_refused_early(tmp_path, pair_files):
@@ -426,6 +434,13 @@ def test_hidden_labels_join_the_visible_ones(tmp_path, regression):
     hidden = data.transfer["label"][:]
     assert all(label != label for label in hidden) if regression else set(hidden) == {-100}
     assert set(data.labelled["text"][:]) | set(data.transfer["text"][:]) == set(data.teacher_train["text"][:])
+
+
+def test_true_and_false_are_two_classes(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"text {i}", "label": bool(i % 2)}) + "\n" for i in range(8)))
+    data = load_named(files={"train": str(path), "validation": str(path)})
+    assert data.labelled["label"][:] == [0, 1] * 4 and data.label_names == ["False", "True"]
 
 
 def test_files_and_columns_that_are_not_there(tmp_path, pair_files):

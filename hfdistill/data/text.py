@@ -271,7 +271,7 @@ def _encode_labels(train, evaluation, is_regression: bool):
     unknown = sorted({v for split in evaluation.values() for v in split["label"]} - set(values), key=str)
     if unknown:
         raise ValueError(f"The evaluation data has labels that the training data lacks: {unknown[:5]}. Correct the split.")
-    if values == list(range(len(values))):
+    if values == list(range(len(values))) and feature.dtype != "bool":
         return train, evaluation, [f"LABEL_{i}" for i in values]
 
     def encode(split):
