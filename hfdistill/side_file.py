@@ -77,3 +77,11 @@ def load_side_file(folder: str | os.PathLike, module: nn.Module) -> None:
         )
     with torch.no_grad():
         module.load_state_dict(saved)
+
+
+def changed_maps(record: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Name of a term -> its layer map in the checkpoint and now, where they differ; `"none"` for a term that is not there."""
+    saved = {name: pairs and [tuple(pair) for pair in pairs] for name, pairs in record["layer_maps"].items()}
+    names = sorted(saved.keys() | now.keys())
+    both = {name: (saved.get(name, "none"), now.get(name, "none")) for name in names}
+    return {name: pair for name, pair in both.items() if pair[0] != pair[1]}

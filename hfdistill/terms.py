@@ -14,7 +14,7 @@ from .losses import LOSSES
 from .losses.base import DistillationLoss
 from .schedules import Schedule, resolve_schedule
 from .signals import LAYERED_SIGNALS, SIGNALS
-from .suggest import did_you_mean
+from .suggest import nearest_or_all
 
 
 TASK = "task"
@@ -51,9 +51,9 @@ class Term:
 
     def __post_init__(self):
         if isinstance(self.loss, str) and self.loss != TASK and self.loss not in LOSSES:
-            raise ValueError(f"Unknown loss {self.loss!r}.{_nearest(self.loss, [TASK, *LOSSES])}")
+            raise ValueError(f"Unknown loss {self.loss!r}.{nearest_or_all(self.loss, [TASK, *LOSSES])}")
         if self.signal is not None and self.signal not in SIGNALS:
-            raise ValueError(f"Unknown signal {self.signal!r}.{_nearest(self.signal, SIGNALS)}")
+            raise ValueError(f"Unknown signal {self.signal!r}.{nearest_or_all(self.signal, SIGNALS)}")
         if self.layer_reduction not in (None, "mean", "sum"):
             raise ValueError(f"layer_reduction must be 'mean' or 'sum', got {self.layer_reduction!r}.")
         label = self.name or (self.loss if isinstance(self.loss, str) else type(self.loss).__name__)
@@ -78,7 +78,7 @@ class Term:
         for key in self.options:
             if key not in known:
                 fields = [name for name in type(self).__dataclass_fields__ if name != "options"]
-                raise ValueError(f"The term {self.name!r} has no setting {key!r}.{_nearest(key, [*fields, *known])}")
+                raise ValueError(f"The term {self.name!r} has no setting {key!r}.{nearest_or_all(key, [*fields, *known])}")
 
     @property
     def is_task(self) -> bool:
@@ -108,10 +108,6 @@ class Term:
         fields = {key: value for key, value in entry.items() if key in own}
         rest = {key: value for key, value in entry.items() if key not in own}
         return cls(**{**fields, "options": {**fields.get("options", {}), **rest}})
-
-
-def _nearest(word: str, known) -> str:
-    return did_you_mean(word, known) or f" Known: {', '.join(known)}."
 
 
 def default_terms(args) -> list[Term]:

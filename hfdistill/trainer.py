@@ -29,7 +29,7 @@ from .objective import Objective, Pairs, Part
 from .part_log import EvaluationParts, TrainingParts
 from .preparation import align, check_columns, check_constructor, check_labels, check_separate, check_teacher, load_by_name, wrap_teacher
 from .run_card import card_fields
-from .side_file import load_side_file, read_record, save_side_file
+from .side_file import changed_maps, load_side_file, read_record, save_side_file
 from .teachers import FrozenTeacher
 from .terms import Term, resolve_terms
 
@@ -403,19 +403,15 @@ class DistillationTrainer(Trainer):
     def _load_side_file(self, folder: str) -> None:
         record = read_record(folder)
         if record is not None:
-            saved = {name: None if p is None else [tuple(pair) for pair in p] for name, p in record["layer_maps"].items()}
-            now = {name: term.pairs for name, term in self.objective.terms.items() if term.layered}
-            changed = {name for name in saved.keys() | now.keys() if saved.get(name, "none") != now.get(name, "none")}
-            by_similarity = {n for n in changed if n in now and self._layer_map_of(n) == "similar" and saved.get(n) is not None}
-            if changed - by_similarity:
-                name = sorted(changed - by_similarity)[0]
-                then, today = saved.get(name, "none"), now.get(name, "none")
-                raise ValueError(
-                    f"The checkpoint {os.path.basename(folder)} was trained with layer map {then} for the term {name!r}, now {today}. "
-                    "Use the settings of that run, or start anew without resume_from_checkpoint."
-                )
-            if by_similarity:  # chosen on the untrained student: the choice of the run goes on
-                self._bind(fixed_maps={n: saved[n] for n in by_similarity})
+            changed = changed_maps(record, self._record()["layer_maps"])
+            for name, (then, today) in changed.items():
+                if "none" in (then, today) or then is None or self._layer_map_of(name) != "similar":
+                    raise ValueError(
+                        f"The checkpoint {os.path.basename(folder)} was trained with layer map {then} for the term {name!r}, now {today}. "
+                        "Use the settings of that run, or start anew without resume_from_checkpoint."
+                    )
+            if changed:  # all by similarity, chosen on the untrained student: the choice of the run goes on
+                self._bind(fixed_maps={name: then for name, (then, _) in changed.items()})
             if record["objective"] != json.loads(json.dumps(self.objective.describe())):
                 logger.warning(
                     "The objective has changed since the checkpoint %s (then %s, now %s): the run goes on with the new one.",

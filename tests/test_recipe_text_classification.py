@@ -173,6 +173,11 @@ def pair_files(tmp_path):
     return write_csv(tmp_path / "train.csv", header + rows), write_csv(tmp_path / "held.csv", header + rows[:25])
 
 
+def pair_flags(files) -> list[str]:
+    columns = ["--text_column_names", "first", "second", "--label_column_name", "verdict"]
+    return ["--train_file", files[0], "--validation_file", files[1], *columns]
+
+
 def save_teacher(folder, **options):
     """A tiny BERT teacher with a tokenizer beside it."""
     tokenizer = train_wordpiece(["red green blue black white", "the same colour or not"], vocab_size=60)
@@ -200,15 +205,7 @@ def test_pairs_from_files_with_a_teacher_by_name(tmp_path, pair_files):
     results = run(
         "--teacher_model_name_or_path",
         teacher,
-        "--train_file",
-        pair_files[0],
-        "--validation_file",
-        pair_files[1],
-        "--text_column_names",
-        "first",
-        "second",
-        "--label_column_name",
-        "verdict",
+        *pair_flags(pair_files),
         "--student_layers",
         "1",
         "--output_dir",
@@ -301,15 +298,7 @@ def test_other_data_in_the_same_file_is_another_run(tmp_path, pair_files):
     flags = [
         "--teacher_model_name_or_path",
         teacher,
-        "--train_file",
-        pair_files[0],
-        "--validation_file",
-        pair_files[1],
-        "--text_column_names",
-        "first",
-        "second",
-        "--label_column_name",
-        "verdict",
+        *pair_flags(pair_files),
         "--output_dir",
         str(tmp_path / "out"),
         "--seeds",
@@ -338,15 +327,7 @@ def test_a_student_by_name_keeps_its_tokenizer_and_others_are_refused_early(tmp_
     flags = [
         "--model_name_or_path",
         student,
-        "--train_file",
-        pair_files[0],
-        "--validation_file",
-        pair_files[1],
-        "--text_column_names",
-        "first",
-        "second",
-        "--label_column_name",
-        "verdict",
+        *pair_flags(pair_files),
         "--seeds",
         "0",
         *QUICK,
@@ -397,15 +378,7 @@ def test_a_weak_teacher_is_refused(tmp_path, pair_files):
     flags = [
         "--teacher_model_name_or_path",
         teacher,
-        "--train_file",
-        pair_files[0],
-        "--validation_file",
-        pair_files[1],
-        "--text_column_names",
-        "first",
-        "second",
-        "--label_column_name",
-        "verdict",
+        *pair_flags(pair_files),
         "--output_dir",
         str(tmp_path / "out"),
         *QUICK[:-2],

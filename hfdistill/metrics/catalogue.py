@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from ..suggest import nearest_or_all
 
 
 if TYPE_CHECKING:
@@ -42,11 +43,11 @@ def load_metric(name: str, config_name: str | None = None) -> evaluate.Metric:
     """
     if name not in METRIC_NAMES:
         raise ValueError(
-            f"Unknown metric {name!r}.{_nearest(name, METRIC_NAMES)} These work without a network; for others use evaluate.load, which "
-            "fetches them from the Hub."
+            f"Unknown metric {name!r}.{nearest_or_all(name, METRIC_NAMES)} These work without a network; for others use evaluate.load, "
+            "which fetches them from the Hub."
         )
     if name == "glue" and config_name not in GLUE_METRICS:
-        raise ValueError(f"Unknown GLUE task {config_name!r}.{_nearest(config_name, GLUE_METRICS)}")
+        raise ValueError(f"Unknown GLUE task {config_name!r}.{nearest_or_all(config_name, GLUE_METRICS)}")
     from .local import LOCAL_METRICS
 
     return LOCAL_METRICS[name](config_name=config_name)
@@ -86,8 +87,3 @@ def metric_function(metric: evaluate.Metric, **options: Any) -> Callable[[Any], 
         return metric.compute(predictions=scores[counted], references=labels[counted], **options)
 
     return compute_metrics
-
-
-def _nearest(word: object, known) -> str:
-    near = difflib.get_close_matches(str(word), list(known), n=1)
-    return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}."
