@@ -15,6 +15,7 @@ _NAMES = {
     "trainer": ("DistillationTrainer",),
     "arguments": ("TEACHER_WEIGHTS", "DistillationTrainingArguments"),
     "models.student": ("build_student", "copy_weights"),
+    "models.distilbert": ("to_distilbert",),
     "models.layer_map": ("LAYER_MAPS", "resolve_layer_map"),
     "terms": ("Term",),
     "objective": ("Objective",),
@@ -26,88 +27,203 @@ _NAMES = {
         "AttentionMSELoss",
         "AttentionScoreMSELoss",
         "BinarySoftTargetsLoss",
+        "ContrastivePairsLoss",
         "CosineLoss",
         "EmbeddingMSELoss",
         "HiddenMSELoss",
+        "HiddenMomentsLoss",
         "LogitMSELoss",
+        "NormalizedHiddenMSELoss",
+        "PatientLoss",
         "RegressionMSELoss",
+        "RelationKLLoss",
         "SoftTargetsLoss",
         "TaskBinaryCrossEntropyLoss",
         "TaskCrossEntropyLoss",
         "TaskLoss",
+        "TaskSpanLoss",
         "TaskSquaredErrorLoss",
     ),
     "losses.base": ("DistillationLoss", "LossValue"),
     "signals": ("Signals",),
     "capture": ("Capture",),
-    "teachers": ("CallableTeacher", "FrozenTeacher"),
+    "models.peft_student": ("lora_config",),
+    "teachers": ("AdaptersOffTeacher", "CallableTeacher", "FrozenTeacher"),
     "teachers.loading": ("load_named_part", "load_teacher", "load_tokenizer"),
     "schedules": ("Schedule", "resolve_schedule"),
+    "data.augmentation": ("AUGMENTATION_COPIES", "augment_texts"),
     "data.stdlib_docs": ("load_stdlib_docs", "load_stdlib_docs_splits"),
-    "data.text": ("TextData", "encode_texts", "load_embedded", "load_named", "match_labels"),
+    "data.splits": ("match_labels",),
+    "data.text": ("TextData", "encode_texts", "load_embedded", "load_named"),
+    "data.token_collator": ("TokenCollator",),
+    "data.token_data": ("TokenData", "encode_tokens", "load_embedded_tokens", "load_named_tokens", "reads_words_apart"),
+    "data.byte_level": ("train_byte_level",),
+    "data.corpus": ("Corpus", "load_corpus", "load_embedded_corpus"),
+    "data.masking": ("CausalCollator", "MaskingCollator", "count_tokens", "smoothed_probabilities"),
+    "data.rows": ("encode_corpus",),
+    "data.pair_collator": ("PairCollator", "encode_pairs", "encode_sentences"),
+    "data.text_pairs": ("TextPairs", "load_embedded_pairs", "load_named_pairs"),
+    "data.answers": ("AnswerScorer", "answer_references", "answer_texts"),
+    "data.readers": ("reading_baselines",),
+    "data.spans": ("SpanData", "load_embedded_spans", "load_named_spans"),
+    "data.stdlib_questions": ("load_stdlib_questions", "load_stdlib_questions_splits"),
+    "data.windows": ("encode_spans",),
     "data.tokenizer": ("train_wordpiece",),
-    "metrics": ("GLUE_METRICS", "agreement", "gap_closed", "glue_metric", "load_metric", "metric_function"),
-    "alignment": ("resolve_vocabulary",),
-    "baselines": ("linear_baselines", "majority_share", "tfidf_logistic_regression"),
+    "data.vocabulary": ("prune_tokenizer",),
+    "metrics": (
+        "GLUE_METRICS",
+        "agreement",
+        "answer_agreement",
+        "gap_closed",
+        "glue_metric",
+        "has_seqeval",
+        "load_metric",
+        "marks_spans",
+        "metric_function",
+        "score_tags",
+        "tag_metric_function",
+    ),
+    "metrics.embeddings": (
+        "embedding_metrics", "retrieval_agreement", "retrieval_metrics", "score_embeddings", "similarity_metrics",
+    ),  # fmt: skip
+    "metrics.language_model": ("language_model_scores", "pseudo_perplexity", "token_accuracy"),
+    "metrics.ngrams": ("NgramBaselines",),
+    "alignment": ("resolve_vocabulary", "teacher_token_ids"),
+    "sentence_encoder": ("SentenceEncoder", "read_sentence_encoder", "save_sentence_encoder"),
+    "baselines": ("chance_level", "linear_baselines", "majority_share", "pair_baselines", "tfidf_logistic_regression", "window_baselines"),
+    "peft_arguments": ("PeftArguments",),
+    "export": ("merged_student",),
+    "recipe_arguments": ("RecipeArguments", "recipe_field"),
+    "model_pair": ("ModelPair",),
+    "stages": ("Stage", "StageRecord", "train_stages"),
+    "ablation": ("load_ablation", "run_ablation"),
     "runs": ("Arm", "Run", "compare_arms", "refuse_weak_teacher", "run_fingerprint"),
     "benchmark": ("measure_model",),
     "plots": ("plot_results",),
-    "report": ("results_table", "write_results"),
+    "report": ("results_table", "summarise", "write_results"),
     "cli": ("parse",),
 }
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_MODULE_OF)
 
 if TYPE_CHECKING:  # the table above, for type checkers and editors; tests/test_house.py compares the two
+    from .ablation import load_ablation as load_ablation
+    from .ablation import run_ablation as run_ablation
     from .alignment import resolve_vocabulary as resolve_vocabulary
+    from .alignment import teacher_token_ids as teacher_token_ids
     from .arguments import TEACHER_WEIGHTS as TEACHER_WEIGHTS
     from .arguments import DistillationTrainingArguments as DistillationTrainingArguments
+    from .baselines import chance_level as chance_level
     from .baselines import linear_baselines as linear_baselines
     from .baselines import majority_share as majority_share
+    from .baselines import pair_baselines as pair_baselines
     from .baselines import tfidf_logistic_regression as tfidf_logistic_regression
+    from .baselines import window_baselines as window_baselines
     from .benchmark import measure_model as measure_model
     from .binding import build_objective as build_objective
     from .capture import Capture as Capture
     from .cli import parse as parse
+    from .data.answers import AnswerScorer as AnswerScorer
+    from .data.answers import answer_references as answer_references
+    from .data.answers import answer_texts as answer_texts
+    from .data.augmentation import AUGMENTATION_COPIES as AUGMENTATION_COPIES
+    from .data.augmentation import augment_texts as augment_texts
+    from .data.byte_level import train_byte_level as train_byte_level
+    from .data.corpus import Corpus as Corpus
+    from .data.corpus import load_corpus as load_corpus
+    from .data.corpus import load_embedded_corpus as load_embedded_corpus
+    from .data.masking import CausalCollator as CausalCollator
+    from .data.masking import MaskingCollator as MaskingCollator
+    from .data.masking import count_tokens as count_tokens
+    from .data.masking import smoothed_probabilities as smoothed_probabilities
+    from .data.pair_collator import PairCollator as PairCollator
+    from .data.pair_collator import encode_pairs as encode_pairs
+    from .data.pair_collator import encode_sentences as encode_sentences
+    from .data.readers import reading_baselines as reading_baselines
+    from .data.rows import encode_corpus as encode_corpus
+    from .data.spans import SpanData as SpanData
+    from .data.spans import load_embedded_spans as load_embedded_spans
+    from .data.spans import load_named_spans as load_named_spans
+    from .data.splits import match_labels as match_labels
     from .data.stdlib_docs import load_stdlib_docs as load_stdlib_docs
     from .data.stdlib_docs import load_stdlib_docs_splits as load_stdlib_docs_splits
+    from .data.stdlib_questions import load_stdlib_questions as load_stdlib_questions
+    from .data.stdlib_questions import load_stdlib_questions_splits as load_stdlib_questions_splits
     from .data.text import TextData as TextData
     from .data.text import encode_texts as encode_texts
     from .data.text import load_embedded as load_embedded
     from .data.text import load_named as load_named
-    from .data.text import match_labels as match_labels
+    from .data.text_pairs import TextPairs as TextPairs
+    from .data.text_pairs import load_embedded_pairs as load_embedded_pairs
+    from .data.text_pairs import load_named_pairs as load_named_pairs
+    from .data.token_collator import TokenCollator as TokenCollator
+    from .data.token_data import TokenData as TokenData
+    from .data.token_data import encode_tokens as encode_tokens
+    from .data.token_data import load_embedded_tokens as load_embedded_tokens
+    from .data.token_data import load_named_tokens as load_named_tokens
+    from .data.token_data import reads_words_apart as reads_words_apart
     from .data.tokenizer import train_wordpiece as train_wordpiece
+    from .data.vocabulary import prune_tokenizer as prune_tokenizer
+    from .data.windows import encode_spans as encode_spans
+    from .export import merged_student as merged_student
     from .losses import LOSSES as LOSSES
     from .losses import TASK_LOSSES as TASK_LOSSES
     from .losses import AttentionKLLoss as AttentionKLLoss
     from .losses import AttentionMSELoss as AttentionMSELoss
     from .losses import AttentionScoreMSELoss as AttentionScoreMSELoss
     from .losses import BinarySoftTargetsLoss as BinarySoftTargetsLoss
+    from .losses import ContrastivePairsLoss as ContrastivePairsLoss
     from .losses import CosineLoss as CosineLoss
     from .losses import EmbeddingMSELoss as EmbeddingMSELoss
+    from .losses import HiddenMomentsLoss as HiddenMomentsLoss
     from .losses import HiddenMSELoss as HiddenMSELoss
     from .losses import LogitMSELoss as LogitMSELoss
+    from .losses import NormalizedHiddenMSELoss as NormalizedHiddenMSELoss
+    from .losses import PatientLoss as PatientLoss
     from .losses import RegressionMSELoss as RegressionMSELoss
+    from .losses import RelationKLLoss as RelationKLLoss
     from .losses import SoftTargetsLoss as SoftTargetsLoss
     from .losses import TaskBinaryCrossEntropyLoss as TaskBinaryCrossEntropyLoss
     from .losses import TaskCrossEntropyLoss as TaskCrossEntropyLoss
     from .losses import TaskLoss as TaskLoss
+    from .losses import TaskSpanLoss as TaskSpanLoss
     from .losses import TaskSquaredErrorLoss as TaskSquaredErrorLoss
     from .losses.base import DistillationLoss as DistillationLoss
     from .losses.base import LossValue as LossValue
     from .metrics import GLUE_METRICS as GLUE_METRICS
     from .metrics import agreement as agreement
+    from .metrics import answer_agreement as answer_agreement
     from .metrics import gap_closed as gap_closed
     from .metrics import glue_metric as glue_metric
+    from .metrics import has_seqeval as has_seqeval
     from .metrics import load_metric as load_metric
+    from .metrics import marks_spans as marks_spans
     from .metrics import metric_function as metric_function
+    from .metrics import score_tags as score_tags
+    from .metrics import tag_metric_function as tag_metric_function
+    from .metrics.embeddings import embedding_metrics as embedding_metrics
+    from .metrics.embeddings import retrieval_agreement as retrieval_agreement
+    from .metrics.embeddings import retrieval_metrics as retrieval_metrics
+    from .metrics.embeddings import score_embeddings as score_embeddings
+    from .metrics.embeddings import similarity_metrics as similarity_metrics
+    from .metrics.language_model import language_model_scores as language_model_scores
+    from .metrics.language_model import pseudo_perplexity as pseudo_perplexity
+    from .metrics.language_model import token_accuracy as token_accuracy
+    from .metrics.ngrams import NgramBaselines as NgramBaselines
+    from .model_pair import ModelPair as ModelPair
+    from .models.distilbert import to_distilbert as to_distilbert
     from .models.layer_map import LAYER_MAPS as LAYER_MAPS
     from .models.layer_map import resolve_layer_map as resolve_layer_map
+    from .models.peft_student import lora_config as lora_config
     from .models.student import build_student as build_student
     from .models.student import copy_weights as copy_weights
     from .objective import Objective as Objective
+    from .peft_arguments import PeftArguments as PeftArguments
     from .plots import plot_results as plot_results
+    from .recipe_arguments import RecipeArguments as RecipeArguments
+    from .recipe_arguments import recipe_field as recipe_field
     from .report import results_table as results_table
+    from .report import summarise as summarise
     from .report import write_results as write_results
     from .runs import Arm as Arm
     from .runs import Run as Run
@@ -116,7 +232,14 @@ if TYPE_CHECKING:  # the table above, for type checkers and editors; tests/test_
     from .runs import run_fingerprint as run_fingerprint
     from .schedules import Schedule as Schedule
     from .schedules import resolve_schedule as resolve_schedule
+    from .sentence_encoder import SentenceEncoder as SentenceEncoder
+    from .sentence_encoder import read_sentence_encoder as read_sentence_encoder
+    from .sentence_encoder import save_sentence_encoder as save_sentence_encoder
     from .signals import Signals as Signals
+    from .stages import Stage as Stage
+    from .stages import StageRecord as StageRecord
+    from .stages import train_stages as train_stages
+    from .teachers import AdaptersOffTeacher as AdaptersOffTeacher
     from .teachers import CallableTeacher as CallableTeacher
     from .teachers import FrozenTeacher as FrozenTeacher
     from .teachers.loading import load_named_part as load_named_part

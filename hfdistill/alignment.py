@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 
@@ -84,3 +85,33 @@ def resolve_vocabulary(student_size: int, teacher_size: int, student_tokenizer=N
             "tokenizer."
         )
     return min(student_size, teacher_size)
+
+
+def teacher_token_ids(student_tokenizer, teacher_tokenizer) -> list[int] | None:
+    """Teacher id of each token of a student tokenizer that `prune_tokenizer` cut out of the teacher's, else `None`.
+
+    With it the teacher reads `ids[input_ids]`, and its logits are compared at the columns `ids`: both softmaxes run over the kept
+    tokens, so the teacher's probabilities are renormalised among them and what it gave to the others is lost.
+
+    Args:
+        student_tokenizer, teacher_tokenizer: of two models that read the same text; `None` where one is not known.
+
+    Returns:
+        `list[int]` with one teacher id for each student id; `None` unless the student has fewer tokens, all of them the
+        teacher's and at least one under another id, and both cut text alike (normalizer, pre-tokenizer, algorithm, special tokens).
+    """
+    if not (getattr(student_tokenizer, "is_fast", False) and getattr(teacher_tokenizer, "is_fast", False)):
+        return None
+    student, teacher = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+    if len(student) >= len(teacher) or not student.keys() <= teacher.keys() or sorted(student.values()) != list(range(len(student))):
+        return None
+    if all(teacher[token] == i for token, i in student.items()) or _way_of_cutting(student_tokenizer) != _way_of_cutting(teacher_tokenizer):
+        return None
+    return [teacher[token] for token in sorted(student, key=student.get)]
+
+
+def _way_of_cutting(tokenizer) -> tuple:
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    tables = ("vocab", "merges", "unk_id")
+    algorithm = {name: value for name, value in state["model"].items() if name not in tables}
+    return state["normalizer"], state["pre_tokenizer"], algorithm, tokenizer.special_tokens_map

@@ -70,14 +70,25 @@ class DistillationTrainingArguments(TrainingArguments):
     layer_reduction: str = _knob("mean", "'mean' or 'sum' over the mapped pairs of a term.", choices=["mean", "sum"])
     adapter: str = _knob(
         "auto",
-        "Projection of the student's width to the teacher's: auto (linear where they differ), linear, mlp or none.",
-        choices=["auto", "linear", "mlp", "none"],
+        "Projection of the student's width to the teacher's: auto (linear where they differ), linear, mlp, shared (one linear map for "
+        "all layers and terms of equal widths) or none.",
+        choices=["auto", "linear", "shared", "mlp", "none"],
+    )
+    pooling: str = _knob(
+        "auto",
+        "What the signal 'pooled' is, for student and teacher: mean, cls (first) or last, over real tokens, or auto: that of a "
+        "sentence-transformers teacher given by name, else the model's own pooler, else cls (last for causal models). Base models "
+        "without a head return it in evaluation. A sentence-transformers teacher keeps its own in any case.",
+        choices=["auto", "mean", "cls", "last"],
     )
     kd_positions: str = _knob(
         "auto",
-        "Which positions of token models carry logit terms: all (real tokens), labelled (label != -100), or auto: all for masked "
-        "language models, labelled otherwise. Sequence models use every sample, labelled or not.",
-        choices=["auto", "all", "labelled"],
+        "Which positions of token models carry logit terms: all (real tokens), labelled (label != -100; masked is another word for "
+        "it), marked (where the column "
+        "target_mask is 1, such as first sub-tokens, labelled or not), or auto: marked where there is such a column, else all for "
+        "masked language models and labelled otherwise. Sequence and "
+        "question answering models use every sample, labelled or not.",
+        choices=["auto", "all", "labelled", "masked", "marked"],
     )
     schedules: dict[str, Any] | str | None = _knob(
         None,
@@ -86,6 +97,14 @@ class DistillationTrainingArguments(TrainingArguments):
     )
     objective: list[dict] | str | None = _knob(
         None, "The whole objective as a list of terms (loss, weight, layer_map, adapter, ...); replaces the weights above."
+    )
+    frozen_parts: list[str] | None = _knob(
+        None,
+        "Parts of the student that are not trained: embeddings, blocks, blocks.0, blocks.0-2, blocks.-1, head, or patterns of "
+        "parameter names such as '*.bias'.",
+    )
+    learning_rate_scales: dict[str, float] | str | None = _knob(
+        None, "Factors of the learning rate by part (named as in frozen_parts), such as {'blocks.0-2': 0.1}; others keep 1."
     )
     teacher_model_init_kwargs: dict[str, Any] | str | None = _knob(
         None, "Keyword arguments of from_pretrained for a teacher given by name."
@@ -111,7 +130,7 @@ class DistillationTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        for name in ("schedules", "teacher_model_init_kwargs", "objective"):
+        for name in ("schedules", "teacher_model_init_kwargs", "objective", "learning_rate_scales"):
             value = getattr(self, name)
             if isinstance(value, str):
                 try:
@@ -122,6 +141,7 @@ class DistillationTrainingArguments(TrainingArguments):
                     ) from None
         self._check_numbers()
         self._check_choices()
+        self.kd_positions = "labelled" if self.kd_positions == "masked" else self.kd_positions
         self.resolved_schedules()
         if self.hub_token is not None:
             raise ValueError(
@@ -158,6 +178,12 @@ class DistillationTrainingArguments(TrainingArguments):
             raise ValueError(
                 "All weights are zero, so the loss is 0 and nothing would be learnt. Set at least one of " + ", ".join(WEIGHTS) + "."
             )
+        for part, scale in (self.learning_rate_scales or {}).items():
+            if not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale <= 0:
+                raise ValueError(
+                    f"learning_rate_scales[{part!r}] must be a finite number > 0, got {scale!r}. To train a part not at all, name it in "
+                    "frozen_parts."
+                )
         for name in ("teacher_batch_size", "calibration_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:

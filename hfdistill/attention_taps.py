@@ -1,12 +1,12 @@
-"""Pre-softmax attention scores of chosen blocks, while every other block stays on SDPA.
+"""Pre-softmax attention scores, queries, keys and values of chosen blocks, while every other block stays on SDPA.
 
 Transformers returns attention maps only under the eager implementation, after softmax and after dropout, for every
 layer at once; under SDPA it returns an empty tuple. Two taps get around that:
 
 * `InterfaceTap` registers an attention function with `AttentionInterface`. It runs SDPA as usual and, for mapped
-  modules only, computes `q k^T * scaling` from the very tensors that SDPA saw (after RoPE, grouped heads repeated).
+  modules only, keeps the very tensors that SDPA saw (after RoPE) or `q k^T * scaling` of them (grouped heads repeated).
 * `SoftmaxTap` is for models that know only their own eager attention (DeBERTa-v2, MPNet): while a mapped block runs, a
-  `TorchFunctionMode` looks at the calls of softmax and keeps the input.
+  `TorchFunctionMode` looks at the calls of softmax and keeps the input. It sees scores only.
 
 Both leave the model's output exactly as it was.
 """
@@ -18,9 +18,11 @@ import weakref
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import create_position_bias_mask, repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from .signals import ATTENTION_SIGNALS
 
 
 IMPLEMENTATION = "hfdistill_sdpa"
@@ -28,6 +30,9 @@ IMPLEMENTATION = "hfdistill_sdpa"
 # Keyed by module object: many attention modules have no `layer_idx`. Weak, so that a tap never keeps a model alive and
 # never travels with `copy.deepcopy(model)` or a state dict.
 _TAPS: weakref.WeakKeyDictionary[nn.Module, InterfaceTap] = weakref.WeakKeyDictionary()
+
+Found = dict[str, dict[int, Tensor]]
+"""Signal -> block -> tensor."""
 
 
 def _tapped_attention(module, query, key, value, attention_mask, scaling=None, position_bias=None, is_causal=None, **kwargs):
@@ -37,7 +42,7 @@ def _tapped_attention(module, query, key, value, attention_mask, scaling=None, p
     )
     tap = _TAPS.get(module)
     if tap is not None:
-        tap.see(module, query, key, attention_mask, scaling, position_bias, is_causal)
+        tap.see(module, query, key, value, attention_mask, scaling, position_bias, is_causal)
     return output, None
 
 
@@ -47,16 +52,18 @@ AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 
 
 class InterfaceTap:
-    """Takes scores where the model calls `AttentionInterface`; finds the modules by one forward pass (`discover`)."""
+    """Takes its signals where the model calls `AttentionInterface`; finds the modules by one forward pass (`discover`)."""
+
+    signals = ATTENTION_SIGNALS
 
     def __init__(self, model: nn.Module):
         self.model = model
         self.modules: list[nn.Module] = []  # block -> attention module, in order of execution
-        self.wanted: frozenset[int] = frozenset()
+        self.wanted: dict[str, frozenset[int]] = {}
         self.recording = False
         self._discovering = False
         self._calls = 0
-        self.scores: dict[int, Tensor] = {}
+        self.found: Found = {}
         self.masks: dict[int, Tensor | None] = {}
 
     def discover(self, run) -> bool:
@@ -86,6 +93,11 @@ class InterfaceTap:
         return True
 
     @property
+    def count(self) -> int:
+        """How many attentions one forward pass runs."""
+        return len(self.modules)
+
+    @property
     def shared(self) -> bool:
         """One module runs as several blocks (ALBERT)."""
         return len(set(map(id, self.modules))) < len(self.modules)
@@ -95,7 +107,7 @@ class InterfaceTap:
         module = self.modules[block]
         return bool(getattr(module, "is_causal", False)), getattr(module, "sliding_window", None)
 
-    def see(self, module, query, key, attention_mask, scaling, position_bias, is_causal) -> None:
+    def see(self, module, query, key, value, attention_mask, scaling, position_bias, is_causal) -> None:
         if self._discovering:
             self.modules.append(module)
             return
@@ -105,9 +117,14 @@ class InterfaceTap:
             block, self._calls = self._calls, self._calls + 1
         else:
             block = next(i for i, other in enumerate(self.modules) if other is module)
-        if block not in self.wanted:
-            return
         # Also when not recording: gradient checkpointing runs this again in backward and must see the same operations.
+        for signal, tensor in (("queries", query), ("keys", key), ("values", value)):
+            if block in self.wanted.get(signal, ()):
+                tensor = tensor.transpose(1, 2).flatten(2)
+                if self.recording:
+                    self.found[signal][block] = tensor
+        if block not in self.wanted.get("attention_scores", ()):
+            return
         key = repeat_kv(key, getattr(module, "num_key_value_groups", 1))
         scores = query @ key.transpose(2, 3) * (query.size(-1) ** -0.5 if scaling is None else scaling)
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
@@ -118,17 +135,18 @@ class InterfaceTap:
         elif causal:
             attention_mask = torch.ones(query.size(2), key.size(2), dtype=torch.bool, device=query.device).tril()
         if self.recording:
-            self.scores[block], self.masks[block] = scores, attention_mask
+            self.found["attention_scores"][block], self.masks[block] = scores, attention_mask
 
-    def open(self, wanted: frozenset[int]) -> None:
+    def open(self, wanted: dict[str, frozenset[int]]) -> None:
+        """Starts recording these blocks of these signals."""
         self.wanted, self.recording, self._calls = wanted, True, 0
-        self.scores, self.masks = {}, {}
+        self.found, self.masks = {signal: {} for signal in wanted}, {}
 
-    def close(self) -> tuple[dict[int, Tensor], dict[int, Tensor | None]]:
-        """Stops recording and hands over what was seen; no tensor stays behind."""
+    def close(self) -> tuple[Found, dict[int, Tensor | None]]:
+        """Stops recording and hands over what was seen, with the masks of the scores; no tensor stays behind."""
         self.recording = False
-        scores, masks, self.scores, self.masks = self.scores, self.masks, {}, {}
-        return scores, masks
+        found, masks, self.found, self.masks = self.found, self.masks, {}, {}
+        return found, masks
 
     def remove(self) -> None:
         for module in self.modules:
@@ -151,6 +169,7 @@ class SoftmaxTap:
     """Takes the input of the one 4-d softmax inside each mapped block; the scores of masked keys carry the mask value."""
 
     shared = False
+    signals = ("attention_scores",)
 
     def __init__(self, blocks: list[nn.Module]):
         self.blocks = blocks
@@ -162,6 +181,10 @@ class SoftmaxTap:
         for block, module in enumerate(blocks):
             self._handles.append(module.register_forward_pre_hook(lambda *_, block=block: self._enter(block)))
             self._handles.append(module.register_forward_hook(lambda *_, block=block: self._exit(block), always_call=True))
+
+    @property
+    def count(self) -> int:
+        return len(self.blocks)
 
     def pattern(self, block: int) -> tuple[bool, int | None]:
         return False, None
@@ -178,14 +201,50 @@ class SoftmaxTap:
             if len(mode.inputs) == 1:
                 self.scores[block] = mode.inputs[0]
 
-    def open(self, wanted: frozenset[int]) -> None:
-        self.wanted, self.recording, self.scores = wanted, True, {}
+    def open(self, wanted: dict[str, frozenset[int]]) -> None:
+        self.wanted, self.recording, self.scores = wanted["attention_scores"], True, {}
 
-    def close(self) -> tuple[dict[int, Tensor], dict[int, Tensor | None]]:
+    def close(self) -> tuple[Found, dict[int, Tensor | None]]:
         self.recording = False
         scores, self.scores = self.scores, {}
-        return scores, dict.fromkeys(scores)
+        return {"attention_scores": scores}, dict.fromkeys(scores)
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+
+def attach_tap(model: PreTrainedModel, run, blocks) -> InterfaceTap | SoftmaxTap | None:
+    """The tap that fits `model`; `None` where its attention cannot be seen.
+
+    Args:
+        model: whose attention implementation is switched.
+        run: a function that makes one forward pass.
+        blocks: a function that gives the blocks of `model`; called only where the attention interface is not used.
+    """
+    tap = InterfaceTap(model)
+    if tap.discover(run):
+        return tap
+    softmax = SoftmaxTap(blocks())
+    softmax.open({"attention_scores": frozenset(range(softmax.count))})
+    try:
+        run()
+    finally:
+        found, _ = softmax.close()
+    if len(found["attention_scores"]) != softmax.count:
+        softmax.remove()
+        return None
+    return softmax
+
+
+def allowed_pairs(scores: Tensor, mask: Tensor | None, tokens: Tensor | None) -> Tensor:
+    """bool `(batch, 1, queries, keys)`: real query, real key, and not hidden by causality or a window."""
+    shape = (scores.size(0), 1, scores.size(2), scores.size(3))
+    allowed = torch.ones(shape, dtype=torch.bool, device=scores.device)
+    if mask is not None:
+        mask = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        mask = mask[..., : shape[-1]]
+        allowed = allowed & (mask[:, :1] if mask.dim() == 4 else mask)
+    if tokens is not None:
+        allowed = allowed & tokens[:, None, :, None] & tokens[:, None, None, :]
+    return allowed

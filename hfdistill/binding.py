@@ -9,18 +9,20 @@ import torch
 from torch import nn
 
 from .capture import Capture, CapturePlan, plan_for
-from .counting import Unit, token_mask
+from .counting import TARGET_MASK, Unit, token_mask
 from .losses import LOSSES, TASK_LOSSES
 from .losses.base import DistillationLoss
+from .losses.pairs import ContrastivePairsLoss
+from .losses.spans import TaskSpanLoss
 from .losses.task import TaskCrossEntropyLoss
-from .models.adapters import build_adapter
+from .models.adapters import SharedAdapter, build_adapter
 from .models.anatomy import problem_type_of, task_of
 from .models.layer_map import resolve_layer_map
 from .models.similarity import similar_layer_map
 from .objective import BoundTerm, Objective, Pairs
 from .schedules import resolve_schedule
-from .signals import LAYERED_SIGNALS, Signals
-from .terms import TASK, Term
+from .signals import ATTENTION_SIGNALS, LAYERED_SIGNALS, Signals
+from .terms import PAIRS, TASK, Term
 
 
 def build_objective(
@@ -72,17 +74,19 @@ def build_objective(
         bound.append((term, pairs))
 
     task = task_of(student.model)
-    if task == "question_answering":
-        raise ValueError(
-            f"The {student.name} predicts spans with two sets of logits, which DistillationTrainer does not support. "
-            "Use a sequence, token, masked or causal language model."
-        )
+    if task == "other" and not any(term.loss_signal == "logits" for term in terms) and not student.has_logits(example):
+        task = "features"
+    for capture in filter(None, (student, teacher)):
+        capture.run_pooling = args.pooling
+    if args.pooling == "auto" and teacher is not None and teacher.own_pooling:
+        student.run_pooling = teacher.own_pooling
     problem_type = None
     if task in ("sequence", "other"):
         compares_logits = any(term.loss_signal == "logits" and not term.is_task for term in terms)
         problem_type = _problem_type(student, teacher, labels_dtype, compares_logits)
     needs = [(t.loss_signal, range(depths[0]) if pairs is None else [s for s, _ in pairs]) for t, pairs in bound]
-    s_example = student.require(plan_for([("logits", [])]).union(plan_for(needs)), example)
+    answer = "pooled" if task == "features" else "logits"
+    s_example = student.require(plan_for([(answer, [])]).union(plan_for(needs)), example)
     t_example = None
     if teacher is not None:
         needs = [(t.loss_signal, range(depths[1]) if p is None else [k for _, k in p]) for t, p in bound if not t.is_task]
@@ -93,7 +97,7 @@ def build_objective(
 
     positions = args.kd_positions
     if positions == "auto":
-        positions = "all" if task == "masked_lm" else "labelled"
+        positions = "marked" if TARGET_MASK in example else "all" if task == "masked_lm" else "labelled"
     objective_terms = [_bind(term, pairs, task, problem_type, args) for term, pairs in bound]
     objective = Objective(objective_terms, task, problem_type, positions, args.seed, depths)
     objective.task_loss = build_task_loss(task, problem_type, args.label_smoothing_factor)
@@ -101,14 +105,25 @@ def build_objective(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
         for term in objective.terms.values():
-            _add_adapters(term, args, s_example, t_example, depths)
+            poolings = [capture.pooling for capture in (student, teacher) if capture is not None]
+            term.pooling = poolings[0] if len({*poolings}) == 1 else f"student {poolings[0]}, teacher {poolings[1]}"
+            _add_adapters(term, args, s_example, t_example, depths, objective.shared_adapters)
+            if term.signal in ATTENTION_SIGNALS:
+                _check_checkpointing(student, args)
+            if getattr(term.loss, "token", None) == "first" and any(c is not None and c.is_causal for c in (student, teacher)):
+                raise ValueError(
+                    f"The term {term.name!r} compares the first token of each text, which in a decoder has seen nothing but itself: it "
+                    "would teach nothing about the text. Set its option token='last'."
+                )
             if term.signal == "attention_scores":
-                _check_attention(term, student, teacher, s_example, t_example, depths, args)
+                _check_attention(term, student, teacher, s_example, t_example, depths)
     return objective
 
 
 def build_task_loss(task: str, problem_type: str | None, label_smoothing: float = 0.0) -> nn.Module:
-    """The loss on hard labels: by problem type for sequence models, cross entropy over positions otherwise."""
+    """The loss on hard labels: by problem type for sequence models, start and end of spans, cross entropy over positions otherwise."""
+    if task == "question_answering":
+        return TaskSpanLoss(label_smoothing=label_smoothing)
     if task != "sequence":
         return TaskCrossEntropyLoss(label_smoothing=label_smoothing)
     loss = TASK_LOSSES[problem_type]
@@ -134,6 +149,8 @@ def _wants(terms: list[Term], args, strategy: str) -> bool:
 
 def _bind(term: Term, pairs: Pairs | None, task: str, problem_type: str | None, args) -> BoundTerm:
     reduction = term.layer_reduction or args.layer_reduction
+    if term.loss == PAIRS:
+        return BoundTerm(term, PAIRS, ContrastivePairsLoss(**term.options), pairs, reduction, {})
     if term.is_task:
         return BoundTerm(term, TASK, nn.Identity(), pairs, reduction, {})
     options, schedules = dict(term.options), {}
@@ -145,6 +162,11 @@ def _bind(term: Term, pairs: Pairs | None, task: str, problem_type: str | None, 
         name = {"multi_label_classification": "binary_soft_targets", "regression": "regression_mse"}.get(problem_type, name)
         if name == "regression_mse":
             options.pop("temperature", None)
+    if task == "question_answering" and name in ("binary_soft_targets", "regression_mse"):
+        raise ValueError(
+            f"The term {term.name!r} compares single outputs ({name}), but start and end are each one softmax over the positions of a "
+            "text. Use soft_targets or logit_mse."
+        )
     loss_class = LOSSES[name]
     if "temperature" in loss_class.scheduled:
         options.setdefault("temperature", args.resolved_schedules().get("temperature", args.temperature))
@@ -163,15 +185,22 @@ def _example_pair(term: BoundTerm, depths) -> Pairs:
     return term.pairs if term.pairs is not None else [(s, s) for s in range(depths[0])]
 
 
-def _add_adapters(term: BoundTerm, args, student: Signals, teacher: Signals | None, depths) -> None:
+def _add_adapters(term: BoundTerm, args, student: Signals, teacher: Signals | None, depths, shared: nn.ModuleDict) -> None:
+    """An adapter for each pair where the loss compares widths; refuses shapes and widths that cannot be compared."""
     kind = term.term.adapter if term.term.adapter is not None else args.adapter
-    if term.signal in ("logits", "attention_scores"):
+    if term.term.is_task or term.signal in ("logits", "attention_scores"):
+        return
+    if teacher is None:  # a function, whose width shows only in training: the loss will compare the shapes
+        if kind not in ("auto", "none") and not isinstance(kind, nn.Module):
+            raise ValueError(
+                f"The term {term.name!r} wants the adapter {kind!r}, but the teacher is a function, whose width is not known before "
+                "training. Pass the adapter as a module, such as torch.nn.Linear(student width, teacher width)."
+            )
+        term.adapters.append(build_adapter(kind if isinstance(kind, nn.Module) else "none", 0, 0))
         return
     for pair in _example_pair(term, depths):
-        if pair is not None:
-            s, t = student.hidden_states[pair[0]], teacher.hidden_states[pair[1]]
-        else:
-            s, t = getattr(student, term.signal), getattr(teacher, term.signal)
+        s, t = getattr(student, term.signal), getattr(teacher, term.signal)
+        s, t = (s, t) if pair is None else (s[pair[0]], t[pair[1]])
         if term.signal != "pooled" and not s.dim() == t.dim() == 3:
             raise ValueError(
                 f"The term {term.name!r} compares token vectors (batch, length, width), but the student's {term.signal} have shape "
@@ -184,11 +213,19 @@ def _add_adapters(term: BoundTerm, args, student: Signals, teacher: Signals | No
                 f"{tuple(t.shape)} on "
                 "the same batch: the two models cut the input into different numbers of positions. Use signal 'pooled', or logits terms."
             )
-        adapter = build_adapter(kind, s.size(-1), t.size(-1))
-        term.adapters.append(adapter.double() if s.dtype == torch.float64 else adapter)
+        term.loss.check_widths(s.size(-1), t.size(-1))
+        if not term.loss.compares_widths:
+            continue
+        key = f"{s.size(-1)}_{t.size(-1)}"
+        adapter = shared[key] if kind == "shared" and key in shared else build_adapter(kind, s.size(-1), t.size(-1))
+        adapter = adapter.double() if s.dtype == torch.float64 else adapter
+        if kind == "shared":
+            shared[key] = adapter
+        term.adapters.append(SharedAdapter(adapter) if kind == "shared" else adapter)
 
 
-def _check_attention(term: BoundTerm, student: Capture, teacher: Capture, s_example, t_example, depths, args) -> None:
+def _check_checkpointing(student: Capture, args) -> None:
+    """What is taken inside the attention must survive that checkpointing runs it again."""
     checkpoints = [m._gradient_checkpointing_func for m in student.model.modules() if getattr(m, "gradient_checkpointing", False)]
     if args.activation_checkpointing or checkpoints:
         reentrant = [getattr(function, "keywords", {}).get("use_reentrant") for function in checkpoints]
@@ -203,6 +240,9 @@ def _check_attention(term: BoundTerm, student: Capture, teacher: Capture, s_exam
                 "runs them "
                 "again. Turn activation_checkpointing or the attention term off."
             )
+
+
+def _check_attention(term: BoundTerm, student: Capture, teacher: Capture, s_example, t_example, depths) -> None:
     random = term.pairs is None
     for s, t in [(s, t) for s in range(depths[0]) for t in range(depths[1])] if random else term.pairs:
         a, b = s_example.attention_scores[s], t_example.attention_scores[t]

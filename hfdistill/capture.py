@@ -5,16 +5,18 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from .attention_taps import InterfaceTap, SoftmaxTap
+from .attention_taps import InterfaceTap, SoftmaxTap, allowed_pairs, attach_tap
+from .counting import LABEL_COLUMNS, marked_targets
 from .models.anatomy import find_blocks, unwrap_peft
-from .signals import Signals
+from .pooling import pool_tokens
+from .signals import ATTENTION_SIGNALS, LAYERED_SIGNALS, Signals
 
 
 @dataclass(frozen=True)
@@ -26,15 +28,16 @@ class CapturePlan:
     pooled: bool = False
     hidden_states: frozenset[int] = frozenset()
     attention_scores: frozenset[int] = frozenset()
+    queries: frozenset[int] = frozenset()
+    keys: frozenset[int] = frozenset()
+    values: frozenset[int] = frozenset()
 
     def union(self, other: CapturePlan) -> CapturePlan:
-        return CapturePlan(
-            logits=self.logits or other.logits,
-            embeddings=self.embeddings or other.embeddings,
-            pooled=self.pooled or other.pooled,
-            hidden_states=self.hidden_states | other.hidden_states,
-            attention_scores=self.attention_scores | other.attention_scores,
-        )
+        return CapturePlan(**{f.name: getattr(self, f.name) | getattr(other, f.name) for f in fields(self)})
+
+    def blocks_of(self, signals: Iterable[str]) -> frozenset[int]:
+        """Blocks that one of these layered signals is wanted from."""
+        return frozenset().union(*(getattr(self, signal) for signal in signals))
 
 
 class Capture:
@@ -43,19 +46,24 @@ class Capture:
     Hidden states come from `output_hidden_states=[indices]`, which Transformers >= 5.23 answers with these slots only;
     models that are no `PreTrainedModel` are read by forward hooks on their blocks. So block `k` is what Transformers
     calls `hidden_states[k + 1]`; for models that end in a final norm (Llama, GPT-2) the last block is taken after it.
-    Attention scores come from `hfdistill.attention_taps`.
+    Attention scores, queries, keys and values come from `hfdistill.attention_taps`.
 
     Args:
         model (`nn.Module`): a `PreTrainedModel`, a PEFT model, or any module that returns logits.
         role (`str`): `student` or `teacher`, for error messages.
+        pooling (`str`, *optional*): what `pooled` is: `auto` (the model's own pooler, else the first real token, or the last one of
+            a causal model), `mean`, `cls` or `last`, as in `hfdistill.pooling`. Default: that of the arguments of the run.
 
     Raises:
         ValueError: from `require`, when a signal cannot be had from this model.
     """
 
-    def __init__(self, model: nn.Module, role: str = "model"):
+    def __init__(self, model: nn.Module, role: str = "model", pooling: str | None = None):
         self.model = model
         self.role = role
+        self.own_pooling = pooling
+        self.run_pooling = "auto"
+        self.token_ids: Tensor | None = None  # own id of each token of the batch, where the student's vocabulary is a part of the own
         self.inner = unwrap_peft(getattr(model, "_orig_mod", model))  # torch.compile hides the signature
         self.is_pretrained = isinstance(self.inner, PreTrainedModel)
         parameters = list(inspect.signature(self.inner.forward).parameters.values())
@@ -77,6 +85,10 @@ class Capture:
         return f"{self.role} ({type(self.inner).__name__})"
 
     @property
+    def pooling(self) -> str:
+        return self.own_pooling or self.run_pooling
+
+    @property
     def blocks(self):
         """`hfdistill.models.anatomy.Blocks` of the model, found on first use."""
         if self._blocks is None:
@@ -89,7 +101,7 @@ class Capture:
 
     def select_inputs(self, batch: Mapping) -> dict:
         """The columns of `batch` that this model's `forward` names. Labels never travel with them: the loss is ours."""
-        return {key: value for key, value in batch.items() if key in self.columns and key not in ("labels", "label", "label_ids")}
+        return {key: value for key, value in batch.items() if key in self.columns and key not in LABEL_COLUMNS}
 
     def __call__(self, batch: Mapping, plan: CapturePlan, forward: nn.Module | None = None) -> Signals:
         """Runs the model on `batch`.
@@ -100,27 +112,28 @@ class Capture:
             forward: what to call instead of the model itself, such as its DDP wrapper.
         """
         inputs = self.select_inputs(batch)
+        if self.token_ids is not None and "input_ids" in inputs:
+            self.token_ids = self.token_ids.to(inputs["input_ids"].device)
+            inputs["input_ids"] = self.token_ids[inputs["input_ids"]]
         options = {}
         if self.is_pretrained and (plan.hidden_states or plan.embeddings):
             options["output_hidden_states"] = sorted({k + 1 for k in plan.hidden_states} | ({0} if plan.embeddings else set()))
         found: dict = {}
         handles = self._hooks(plan, found)
         if self._tap is not None:
-            self._tap.open(plan.attention_scores)
+            self._tap.open({signal: getattr(plan, signal) for signal in ATTENTION_SIGNALS})
         try:
             output = (self.model if forward is None else forward)(**inputs, **options)
         finally:
             for handle in handles:
                 handle.remove()
-            scores, masks = self._tap.close() if self._tap is not None else ({}, {})
-        return self._signals(batch, plan, output, found, scores, masks)
+            attention, masks = self._tap.close() if self._tap is not None else ({}, {})
+        return self._signals(batch, plan, output, found, attention, masks)
 
     def _hooks(self, plan: CapturePlan, found: dict) -> list:
         handles = []
         if plan.pooled:
-            base = self.inner.base_model if self.is_pretrained else None
-            if base is None:
-                raise ValueError(f"The {self.name} is no PreTrainedModel, so its pooled output cannot be found. Use another signal.")
+            base = self.inner.base_model if self.is_pretrained else self.inner
             handles.append(base.register_forward_hook(lambda _m, _a, out: found.__setitem__("base", out)))
         if not self.is_pretrained and (plan.hidden_states or plan.embeddings):
             modules = self.blocks.modules
@@ -138,11 +151,12 @@ class Capture:
                 )
         return handles
 
-    def _signals(self, batch, plan, output, found, scores, masks) -> Signals:
-        signals = Signals(logits=logits_of(output) if plan.logits else None)
+    def _signals(self, batch, plan, output, found, attention, masks) -> Signals:
+        signals = Signals(logits=logits_of(output, self.name) if plan.logits else None)
         mask = batch.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:
             signals.attention_mask = mask.bool()
+        signals.target_mask = marked_targets(batch)
         if self.is_pretrained and (plan.hidden_states or plan.embeddings):
             states = output["hidden_states"]
             if states is None or len(states) != self.depth + 1:
@@ -158,28 +172,37 @@ class Capture:
             signals.hidden_states = {k: found[k] for k in plan.hidden_states}
         if plan.pooled:
             signals.pooled = self._pool(found["base"], signals.attention_mask)
-        missing = plan.attention_scores - scores.keys()
-        if missing:
-            raise ValueError(
-                f"The {self.name} gave no attention scores for blocks {sorted(missing)}: an attention term would be a constant 0. "
-                "Remove the attention term (attention_weight: 0) or map other blocks."
-            )
-        for block in plan.attention_scores:
-            signals.attention_scores[block] = scores[block]
-            signals.attention_allowed[block] = allowed_pairs(scores[block], masks[block], signals.attention_mask)
+        for signal in ATTENTION_SIGNALS:
+            wanted, got = getattr(plan, signal), attention.get(signal, {})
+            missing = wanted - got.keys()
+            if missing:
+                raise ValueError(
+                    f"The {self.name} gave no {signal} for blocks {sorted(missing)}: a term on them would be a constant 0. "
+                    "Remove the term (attention_weight: 0) or map other blocks."
+                )
+            setattr(signals, signal, {block: got[block] for block in wanted})
+        for block, scores in signals.attention_scores.items():
+            signals.attention_allowed[block] = allowed_pairs(scores, masks[block], signals.attention_mask)
         return signals
 
     def _pool(self, output, mask: Tensor | None) -> Tensor:
-        pooled = getattr(output, "pooler_output", None)
-        if pooled is not None:
-            return pooled
-        states = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
-        if not self.is_causal:
-            return states[:, 0]
-        if mask is None:
-            return states[:, -1]
-        last = (mask * torch.arange(mask.size(1), device=mask.device)).argmax(-1)
-        return states[torch.arange(states.size(0), device=states.device), last]
+        pooling = self.pooling
+        part = output.get if isinstance(output, Mapping) else lambda name: getattr(output, name, None)
+        if pooling == "auto":
+            pooled = part("pooler_output")
+            if pooled is not None:
+                return pooled
+            pooling = "last" if self.is_causal else "cls"
+        states = part("last_hidden_state")
+        if states is None and self.is_pretrained and isinstance(output, tuple):
+            states = output[0]
+        if states is None or states.dim() != 3:
+            seen = "no last_hidden_state" if states is None else f"a last_hidden_state of shape {tuple(states.shape)}"
+            raise ValueError(
+                f"The {self.name} returned {seen}, so there are no token vectors (batch, length, width) to pool with pooling={pooling!r}. "
+                "Return a dict with 'last_hidden_state', set pooling='auto' for a model with a pooler, or use another signal."
+            )
+        return pool_tokens(states, mask, pooling)
 
     @property
     def is_causal(self) -> bool:
@@ -188,6 +211,14 @@ class Capture:
         kind = getattr(config, "model_type", None)
         decoder_only = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
         return decoder_only or bool(getattr(config, "is_decoder", False))
+
+    def has_logits(self, example: Mapping) -> bool:
+        """Whether the model answers a batch with logits; base models, which have no head, do not."""
+        try:
+            self.require(CapturePlan(), example)
+        except NoLogitsError:
+            return False
+        return True
 
     def attention_pattern(self, block: int) -> tuple[bool, int | None]:
         """`(causal, window)` of a block whose attention is captured; see `InterfaceTap.pattern`."""
@@ -200,9 +231,10 @@ class Capture:
         name of an implementation is never written to `config.json`.
 
         Raises:
-            ValueError: when blocks do not exist, or attention has no `(batch, heads, length, length)` map.
+            ValueError: when blocks do not exist, when attention has no `(batch, heads, length, length)` map, or when queries, keys
+                and values cannot be seen.
         """
-        wanted = plan.hidden_states | plan.attention_scores
+        wanted = plan.blocks_of(LAYERED_SIGNALS)
         if wanted and not wanted <= set(range(self.depth)):
             raise ValueError(
                 f"The layer map names blocks {sorted(wanted - set(range(self.depth)))} of the {self.name}, which has blocks "
@@ -213,8 +245,14 @@ class Capture:
         self.model.eval()
         try:
             with torch.no_grad():
-                if plan.attention_scores and self._tap is None:
+                if plan.blocks_of(ATTENTION_SIGNALS) and self._tap is None:
                     self._tap = self._attach_tap(example)
+                hidden = [name for name in ATTENTION_SIGNALS if getattr(plan, name) and name not in self._tap.signals]
+                if hidden:
+                    raise ValueError(
+                        f"The {self.name} runs an attention of its own, which shows its scores but not its {', '.join(hidden)}: a "
+                        "relation of them would have nothing to compare. Use signal 'hidden_states' for the relation, or an attention loss."
+                    )
                 signals = self(example, plan)
         finally:
             for module in training:
@@ -226,35 +264,33 @@ class Capture:
                     f"The attention of the {self.name} at block {block} has shape {tuple(scores.shape)}, not (batch {rows}, heads, "
                     "length, length): windowed or cross attention cannot be compared. Use hidden_weight instead of attention_weight."
                 )
+        ids = example.get("input_ids")
+        for signal in ("queries", "keys", "values"):
+            for block, tensor in getattr(signals, signal).items():
+                length = ids.size(1) if isinstance(ids, Tensor) and ids.dim() == 2 else tensor.size(1)
+                if tensor.dim() != 3 or tuple(tensor.shape[:2]) != (rows, length):
+                    raise ValueError(
+                        f"The {signal} of the {self.name} at block {block} have shape {tuple(tensor.shape)}, not (batch {rows}, length "
+                        f"{length}, width): windowed attention and learned prefixes cannot be compared token by token. Use signal "
+                        "'hidden_states'."
+                    )
         return signals
 
     def _attach_tap(self, example: Mapping) -> InterfaceTap | SoftmaxTap:
-        no_attention = (
-            f"The {self.name} has no attention that can be read: it calls neither Transformers' attention interface nor one softmax "
-            "per block. Set attention_weight to 0 or remove the attention term."
-        )
-        if not self.is_pretrained:
-            raise ValueError(no_attention)
-        tap = InterfaceTap(self.inner)
         inputs = self.select_inputs(example)
-        if tap.discover(lambda: self.model(**inputs)):
-            if len(tap.modules) != self.depth:
-                tap.remove()
-                raise ValueError(
-                    f"The {self.name} runs {len(tap.modules)} attentions for {self.depth} blocks, so they cannot be matched one to one. "
-                    "Set attention_weight to 0."
-                )
-            return tap
-        softmax = SoftmaxTap(self.blocks.modules)
-        softmax.open(frozenset(range(self.depth)))
-        try:
-            self.model(**inputs)
-        finally:
-            scores, _ = softmax.close()
-        if len(scores) != self.depth:
-            softmax.remove()
-            raise ValueError(no_attention)
-        return softmax
+        tap = attach_tap(self.inner, lambda: self.model(**inputs), lambda: self.blocks.modules) if self.is_pretrained else None
+        cure = "Set attention_weight to 0, and remove terms on attention scores, queries, keys and values."
+        if tap is None:
+            raise ValueError(
+                f"The {self.name} has no attention that can be read: it calls neither Transformers' attention interface nor one softmax "
+                f"per block. {cure}"
+            )
+        if tap.count != self.depth:
+            tap.remove()
+            raise ValueError(
+                f"The {self.name} runs {tap.count} attentions for {self.depth} blocks, so they cannot be matched one to one. {cure}"
+            )
+        return tap
 
     @property
     def shares_attention(self) -> bool:
@@ -280,10 +316,16 @@ def move_to(inputs: Mapping, model: nn.Module) -> dict:
     }
 
 
-def logits_of(output) -> Tensor:
-    """Logits from a `ModelOutput`, a dict, a tuple or a bare tensor."""
+class NoLogitsError(ValueError):
+    """The output of a model has no logits."""
+
+
+def logits_of(output, name: str = "model") -> Tensor:
+    """Logits from a `ModelOutput`, a dict, a tuple or a bare tensor; start and end logits are stacked to `(batch, 2, length)`."""
     if isinstance(output, Tensor):
         return output
+    if isinstance(output, Mapping) and "start_logits" in output and "end_logits" in output:
+        return torch.stack([output["start_logits"], output["end_logits"]], dim=1)
     if isinstance(output, Mapping) and "logits" in output:
         return output["logits"]
     if hasattr(output, "logits"):
@@ -291,22 +333,11 @@ def logits_of(output) -> Tensor:
     if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
         return output[0]
     keys = list(output) if isinstance(output, Mapping) else type(output).__name__
-    raise ValueError(
-        f"The model returned no logits, only {keys}. Use a model with a head (AutoModelFor...), or return a dict with 'logits'."
+    raise NoLogitsError(
+        f"The {name} returned no logits, only {keys}, so neither hard labels nor a teacher's logits can be compared with them. Use a "
+        "model with a head (AutoModelFor...), or return a dict with 'logits'. For a base model set task_weight, kd_weight and "
+        "logit_mse_weight to 0 and compare hidden states, embeddings, attention, or Term('hidden_mse', signal='pooled')."
     )
-
-
-def allowed_pairs(scores: Tensor, mask: Tensor | None, tokens: Tensor | None) -> Tensor:
-    """bool `(batch, 1, queries, keys)`: real query, real key, and not hidden by causality or a window."""
-    shape = (scores.size(0), 1, scores.size(2), scores.size(3))
-    allowed = torch.ones(shape, dtype=torch.bool, device=scores.device)
-    if mask is not None:
-        mask = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        mask = mask[..., : shape[-1]]
-        allowed = allowed & (mask[:, :1] if mask.dim() == 4 else mask)
-    if tokens is not None:
-        allowed = allowed & tokens[:, None, :, None] & tokens[:, None, None, :]
-    return allowed
 
 
 def example_batch(model: nn.Module, rows: int = 2, length: int = 6) -> dict[str, Tensor]:
@@ -340,6 +371,6 @@ def plan_for(pairs: Iterable[tuple[str, Iterable[int]]]) -> CapturePlan:
     """The union of `(signal, blocks)` needs."""
     plan = CapturePlan(logits=False)
     for signal, blocks in pairs:
-        value = frozenset(blocks) if signal in ("hidden_states", "attention_scores") else True
+        value = frozenset(blocks) if signal in LAYERED_SIGNALS else True
         plan = plan.union(CapturePlan(**{"logits": False, signal: value}))
     return plan

@@ -43,6 +43,31 @@ PAPERS = {
   booktitle = {Advances in Neural Information Processing Systems},
   year = {2020}
 }""",
+    "wang2021": """@inproceedings{wang2021minilmv2,
+  title = {{MiniLMv2}: Multi-Head Self-Attention Relation Distillation for Compressing Pretrained Transformers},
+  author = {Wang, Wenhui and Bao, Hangbo and Huang, Shaohan and Dong, Li and Wei, Furu},
+  booktitle = {Findings of the Association for Computational Linguistics: ACL-IJCNLP 2021},
+  year = {2021}
+}""",
+    "sun2019": """@inproceedings{sun2019patient,
+  title = {Patient Knowledge Distillation for {BERT} Model Compression},
+  author = {Sun, Siqi and Cheng, Yu and Gan, Zhe and Liu, Jingjing},
+  booktitle = {Proceedings of the 2019 Conference on Empirical Methods in Natural Language Processing and the 9th International
+    Joint Conference on Natural Language Processing},
+  year = {2019}
+}""",
+    "sun2020": """@inproceedings{sun2020mobilebert,
+  title = {{MobileBERT}: a Compact Task-Agnostic {BERT} for Resource-Limited Devices},
+  author = {Sun, Zhiqing and Yu, Hongkun and Song, Xiaodan and Liu, Renjie and Yang, Yiming and Zhou, Denny},
+  booktitle = {Proceedings of the 58th Annual Meeting of the Association for Computational Linguistics},
+  year = {2020}
+}""",
+    "chen2020": """@inproceedings{chen2020simple,
+  title = {A Simple Framework for Contrastive Learning of Visual Representations},
+  author = {Chen, Ting and Kornblith, Simon and Norouzi, Mohammad and Hinton, Geoffrey},
+  booktitle = {Proceedings of the 37th International Conference on Machine Learning},
+  year = {2020}
+}""",
     "yang2020": """@inproceedings{yang2020textbrewer,
   title = {{TextBrewer}: An Open-Source Knowledge Distillation Toolkit for Natural Language Processing},
   author = {Yang, Ziqing and Cui, Yiming and Chen, Zhipeng and Che, Wanxiang and Liu, Ting and Wang, Shijin and Hu, Guoping},
@@ -58,10 +83,15 @@ LOSS_PAPERS = {
     "logit_mse": ("ba2014", "kim2021"),
     "hidden_mse": ("jiao2020",),
     "cosine": ("sanh2019",),
+    "contrastive_pairs": ("chen2020",),
     "embedding_mse": ("jiao2020",),
     "attention_score_mse": ("jiao2020",),
     "attention_kl": ("wang2020",),
     "attention_mse": ("yang2020",),
+    "relation_kl": ("wang2020", "wang2021"),
+    "patient": ("sun2019",),
+    "normalized_hidden_mse": ("sun2020",),
+    "hidden_moments": ("sun2020",),
 }
 """Name of a loss -> its papers. The task loss has none."""
 

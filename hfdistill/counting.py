@@ -15,11 +15,20 @@ from torch import Tensor
 from .signals import Signals
 
 
+TARGET_MASK = "target_mask"
+"""Column of 0 and 1, `(batch, length)`: positions that carry logit terms whether they have a label or not, such as first sub-tokens."""
+SPAN_COLUMNS = ("start_positions", "end_positions")
+LABEL_COLUMNS = ("labels", "label", "label_ids", *SPAN_COLUMNS)
+"""Columns that hold hard labels: models are never given them, since the loss is ours."""
+
+
 class Unit(NamedTuple):
     """A kind of row.
 
-    kind: `samples` (rows of the batch), `labels` (targets that are not missing), `tokens` (real tokens),
-    `next_tokens` (real tokens that have a predecessor: the targets of a causal model) or `pairs` (query-key pairs).
+    kind: `samples` (rows of the batch), `sequences` (those with at least one real token), `labels` (targets that are not
+    missing), `tokens` (real tokens), `next_tokens` (real tokens that have a predecessor: the targets of a causal model),
+    `pairs` (query-key pairs) or `spans` (two, start and end, for each sample that has a real token), `marked` (real tokens
+    that `target_mask` marks), or `partners` (rows whose label another row of the micro-batch has too).
     """
 
     kind: str
@@ -33,6 +42,10 @@ class Unit(NamedTuple):
 
 
 def labels_of(batch: Mapping) -> Tensor | None:
+    """Hard labels as the batch has them; start and end positions of spans are stacked to `(batch, 2)`."""
+    spans = [batch.get(name) for name in SPAN_COLUMNS]
+    if all(isinstance(positions, Tensor) for positions in spans):
+        return torch.stack([positions.reshape(positions.size(0), -1)[:, 0] for positions in spans], dim=1)
     for name in ("labels", "label", "label_ids"):
         if isinstance(batch.get(name), Tensor):
             return batch[name]
@@ -43,13 +56,43 @@ def valid_labels(labels: Tensor, task: str, problem_type: str | None) -> Tensor:
     """bool: targets that are present. -100 is missing; NaN too, for regression. Causal labels are shifted by one."""
     if task == "causal_lm":
         return labels[..., 1:] != -100
-    if task in ("token", "masked_lm"):
+    if task in ("token", "masked_lm", "question_answering"):
         return labels != -100
     if problem_type == "regression":
         present = ~torch.isnan(labels.float())
     else:
         present = labels != -100
     return present.flatten(1).any(-1) if present.dim() > 1 else present
+
+
+def has_partner(labels: Tensor) -> Tensor:
+    """bool `(batch,)`: rows whose label another row of the batch has too; -100 is no label."""
+    return (labels != -100) & ((labels[:, None] == labels[None]).sum(1) > 1)
+
+
+def span_labels(positions: Tensor, tokens: Tensor | None) -> Tensor:
+    """Start and end positions with -100 wherever they point at no real token, so that cutting and padding change nothing.
+
+    Transformers gives answers outside the window a position at (or past) its length, and a longer padding would make that a
+    position of the batch.
+
+    Shapes:
+        positions: integer `(batch, 2)`, any number that is no position (-100, the length, ...) where the answer is missing.
+        tokens: bool `(batch, length)`, True at real tokens; `None` leaves the positions as they are.
+    """
+    if tokens is None:
+        return positions
+    length = tokens.size(1)
+    real = tokens.gather(1, positions.long().clamp(0, length - 1)) & (positions >= 0) & (positions < length)
+    return torch.where(real, positions, -100)
+
+
+def marked_targets(batch: Mapping) -> Tensor | None:
+    """bool `(batch, length)`: real tokens that the column `target_mask` marks (above 0); `None` where the batch has no such column."""
+    marks, tokens = batch.get(TARGET_MASK), batch.get("attention_mask")
+    if not isinstance(marks, Tensor):
+        return None
+    return (marks > 0) & tokens.bool() if isinstance(tokens, Tensor) and tokens.dim() == 2 else marks > 0
 
 
 def count_pairs(tokens: Tensor, causal: bool, window: int | None) -> Tensor:
@@ -84,13 +127,25 @@ def count_units(batch: Mapping, units: Iterable[Unit], task: str, problem_type: 
     ids = batch.get("input_ids")
     if mask is None and isinstance(ids, Tensor) and ids.dim() == 2:
         mask = torch.ones_like(ids, dtype=torch.bool)
+    if task == "question_answering" and labels is not None:
+        labels = span_labels(labels, mask)
     counts: dict[Unit, Tensor | None] = {}
     for unit in units:
         if unit.kind == "samples":
             counts[unit] = torch.tensor(rows, device=device)
+        elif unit.kind == "sequences":
+            counts[unit] = torch.tensor(rows, device=device) if mask is None else mask.any(1).sum()
+        elif unit.kind == "partners":
+            counts[unit] = torch.zeros((), dtype=torch.long, device=device) if labels is None else has_partner(labels).sum()
+        elif unit.kind == "spans":
+            counts[unit] = torch.tensor(2 * rows, device=device) if mask is None else 2 * mask.any(1).sum()
         elif unit.kind == "labels":
             present = None if labels is None else valid_labels(labels, task, problem_type)
             counts[unit] = torch.zeros((), dtype=torch.long, device=device) if present is None else present.sum()
+        elif unit.kind == "marked":
+            marked = marked_targets(batch)
+            marked = torch.zeros((1, 1), device=device) if marked is None else marked
+            counts[unit] = (marked[:, 1:] if task == "causal_lm" else marked).sum().long()
         elif mask is None:
             counts[unit] = None
         elif unit.kind == "tokens":

@@ -56,6 +56,8 @@ class CardContext:
         limits (`str`, *optional*): what the model is not good for.
         summary (`str`, *optional*): the first sentence.
         repo_id (`str`, *optional*): under which the student is published, for the example.
+        library_name (`str`): `transformers`, or `peft` where the adapters alone are published; they need their base model.
+        usage (`str`, *optional*): Python code that loads the student; default: a `pipeline`, where there is a `pipeline_tag`.
     """
 
     student_name: str
@@ -78,6 +80,8 @@ class CardContext:
     limits: str | None = None
     summary: str | None = None
     repo_id: str | None = None
+    library_name: str = "transformers"
+    usage: str | None = None
 
 
 def distillation_card(context: CardContext | Mapping[str, Any]) -> ModelCard:
@@ -165,8 +169,8 @@ def _metadata(card: CardContext, hub_bases: list[str]):
     fields = {
         "base_model": hub_bases[0] if len(hub_bases) == 1 else hub_bases or None,
         # There is no relation "distilled"; without one the Hub would guess.
-        "base_model_relation": "finetune" if hub_bases else None,
-        "library_name": "transformers",
+        "base_model_relation": ("adapter" if card.library_name == "peft" else "finetune") if hub_bases else None,
+        "library_name": card.library_name,
         "pipeline_tag": card.pipeline_tag,
         "tags": list(dict.fromkeys([*CARD_TAGS, *card.tags])),
         "datasets": datasets or None,
@@ -183,12 +187,13 @@ def _metadata(card: CardContext, hub_bases: list[str]):
 def _summary(card: CardContext) -> str:
     task = f" for {card.pipeline_tag.replace('-', ' ')}" if card.pipeline_tag else ""
     teacher = f", distilled from {card.teacher_name}" if card.teacher_name else ""
-    return f"A small model{task}{teacher} with hfdistill."
+    kind = "PEFT adapters" if card.library_name == "peft" else "A small model"
+    return f"{kind}{task}{teacher} with hfdistill."
 
 
 def _usage(card: CardContext) -> str:
-    if not card.pipeline_tag:
-        return ""
+    if card.usage or not card.pipeline_tag or card.library_name == "peft":
+        return card.usage or ""
     name = card.repo_id or card.student_name
     return f'from transformers import pipeline\n\nmodel = pipeline("{card.pipeline_tag}", model="{name}")'
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from .capture import CapturePlan, plan_for
-from .counting import Denominators, Unit, token_mask, valid_labels
+from .counting import Denominators, Unit, span_labels, token_mask, valid_labels
+from .models.adapters import SharedAdapter
 from .models.layer_map import resolve_layer_map
 from .schedules import Schedule
 from .signals import LAYERED_SIGNALS, Signals
-from .terms import Term
+from .terms import PAIRS, Term
 
 
 Pairs = list[tuple[int, int]]
@@ -44,6 +45,7 @@ class BoundTerm(nn.Module):
         self.loss = loss
         self.pairs = pairs  # None: drawn anew each step
         self.reduction = reduction
+        self.pooling = "auto"  # for the record; the captures pool
         self.schedules = schedules
         self.adapters = nn.ModuleList()
         self.units: dict[tuple[int, int], Unit] = {}
@@ -51,6 +53,10 @@ class BoundTerm(nn.Module):
     @property
     def layered(self) -> bool:
         return self.signal in LAYERED_SIGNALS
+
+    def project(self, index: int, tensor: Tensor) -> Tensor:
+        """The student's features of pair `index` as the loss compares them: through the adapter, where there is one."""
+        return self.adapters[index](tensor) if self.loss.compares_widths else tensor
 
     def describe(self) -> dict[str, Any]:
         """The term as resolved, in plain JSON types."""
@@ -62,7 +68,9 @@ class BoundTerm(nn.Module):
                 "layer_map": "random" if self.pairs is None else [list(pair) for pair in self.pairs],
                 "layer_reduction": self.reduction,
             }
-        if any(True for _ in self.adapters.parameters()):
+        if self.signal == "pooled":
+            text["pooling"] = self.pooling
+        if any(isinstance(adapter, SharedAdapter) or any(True for _ in adapter.parameters()) for adapter in self.adapters):
             text["adapter"] = [type(adapter).__name__ for adapter in self.adapters]
         return text
 
@@ -81,9 +89,11 @@ class Objective(nn.Module):
     def __init__(self, terms: list[BoundTerm], task: str, problem_type: str | None, positions: str, seed: int, depths):
         super().__init__()
         self.terms = nn.ModuleDict({term.name: term for term in terms})
+        self.shared_adapters = nn.ModuleDict()  # by widths; terms hold a `SharedAdapter` of one
         self.task, self.problem_type, self.positions, self.seed, self.depths = task, problem_type, positions, seed, depths
         self.label_order: list[int] | None = None
         self.vocabulary: int | None = None
+        self.register_buffer("teacher_columns", None, persistent=False)  # of the kept tokens, under a student with a pruned vocabulary
         self.task_loss: nn.Module = nn.Identity()
 
     def active(self, progress: float) -> list[tuple[BoundTerm, float]]:
@@ -108,17 +118,21 @@ class Objective(nn.Module):
 
     def unit_of(self, term: BoundTerm, pair: tuple[int, int] | None = None) -> Unit:
         if term.term.is_task:
-            return Unit("labels")
+            return Unit("partners" if term.loss_name == PAIRS else "labels")
         if term.signal == "logits":
             if self.task == "sequence":
                 return Unit("samples")
-            if self.positions == "labelled":
-                return Unit("labels")
+            if self.task == "question_answering":
+                return Unit("spans")
+            if self.positions in ("labelled", "marked"):
+                return Unit("labels" if self.positions == "labelled" else "marked")
             return Unit("next_tokens" if self.task == "causal_lm" else "tokens")
         if term.signal == "pooled":
             return Unit("samples")
-        if getattr(term.loss, "unit", "rows") == "pairs":
+        if term.loss.unit == "pairs":
             return term.units[pair]
+        if term.loss.unit == "sequences":
+            return Unit("sequences")
         return Unit("tokens")
 
     def units_at(self, pairs: dict[str, Pairs], progress: float) -> set[Unit]:
@@ -161,30 +175,41 @@ class Objective(nn.Module):
         return parts
 
     def _compare(self, term: BoundTerm, index: int, pair, student: Signals, teacher: Signals | None, labels, options):
+        if term.loss_name == PAIRS:
+            return self._pairs_value(term, student, labels)
         if term.term.is_task:
-            return self.task_value(student.logits, labels)
+            return self.task_value(student, labels)
         if term.signal == "logits":
             s, t, mask = self._logit_rows(student, teacher, labels)
         elif term.signal == "pooled":
-            s, t, mask = term.adapters[index](_full(student.pooled)), teacher.pooled, None
+            with torch.autocast(student.pooled.device.type, enabled=False):
+                s, t, mask = term.project(index, _full(student.pooled)), teacher.pooled, None
         elif term.signal == "attention_scores":
             s, t = student.attention_scores[pair[0]], teacher.attention_scores[pair[1]]
             mask = student.attention_allowed[pair[0]] & teacher.attention_allowed[pair[1]].to(s.device)
         else:
-            s, t = (
-                (student.embeddings, teacher.embeddings)
-                if term.signal == "embeddings"
-                else (student.hidden_states[pair[0]], teacher.hidden_states[pair[1]])
-            )
+            s, t = getattr(student, term.signal), getattr(teacher, term.signal)
+            s, t = (s, t) if pair is None else (s[pair[0]], t[pair[1]])
             mask = token_mask(student, teacher, tuple(s.shape[:2]), s.device)
             # Outside autocast: an adapter in half precision would lose the small differences it is there to measure.
             with torch.autocast(s.device.type, enabled=False):
-                s = term.adapters[index](_full(s))
+                s = term.project(index, _full(s))
         total, count = term.loss(s, t.to(s.device), mask, **options)
         return total, count, s.size(0)
 
-    def task_value(self, logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, int]:
-        """`(sum, count, samples)` of the task loss on hard labels; causal logits and labels are shifted here."""
+    @staticmethod
+    def _pairs_value(term: BoundTerm, student: Signals, labels: Tensor | None):
+        if labels is None:
+            raise ValueError(
+                f"The term {term.name!r} brings rows with equal labels together, but the batch has no labels. Add a column 'labels' with "
+                "the number of the pair (PairCollator does), or remove the term."
+            )
+        total, count = term.loss(student.pooled, labels)
+        return total, count, labels.size(0)
+
+    def task_value(self, student: Signals, labels: Tensor | None) -> tuple[Tensor, Tensor, int]:
+        """`(sum, count, samples)` of the task loss on hard labels; causal logits and labels are shifted here, padding leaves spans."""
+        logits = student.logits
         if labels is None:
             raise ValueError(
                 "The objective has a task term, but the batch has no labels. Add a 'labels' column (-100 where a label is missing), "
@@ -193,6 +218,9 @@ class Objective(nn.Module):
         samples = logits.size(0)
         if self.task == "causal_lm":
             logits, labels = logits[:, :-1], labels[:, 1:]
+        if self.task == "question_answering":
+            (logits,), real = _real_positions(student, None, logits)
+            labels = span_labels(labels, real)
         total, count = self.task_loss(logits, labels)
         return total, count, samples
 
@@ -201,23 +229,71 @@ class Objective(nn.Module):
         if self.label_order is not None:
             t = t[..., self.label_order]
         if self.vocabulary is not None:
-            s, t = s[..., : self.vocabulary], t[..., : self.vocabulary]
+            columns = slice(self.vocabulary) if self.teacher_columns is None else self.teacher_columns
+            s, t = s[..., : self.vocabulary], t[..., columns]
         if self.task == "sequence":
             return s, t, None
+        if self.task == "question_answering":
+            (s, t), real = _real_positions(student, teacher, s, t)
+            return s, t, real.any(1, keepdim=True).expand(-1, 2)
         if self.positions == "labelled":
             if labels is None:
                 raise ValueError(
                     "kd_positions='labelled' needs labels, but the batch has none. Add a 'labels' column, or set kd_positions='all'."
                 )
             mask = valid_labels(labels, self.task, self.problem_type)
+        elif self.positions == "marked":
+            if student.target_mask is None:
+                raise ValueError(
+                    "kd_positions='marked' needs the column 'target_mask' (1 at the positions that count), but the batch has none. Let "
+                    "the collator keep it (TokenCollator does), or set kd_positions='labelled'."
+                )
+            mask = student.target_mask[:, 1:] if self.task == "causal_lm" else student.target_mask
         else:
             mask = token_mask(student, teacher, tuple(s.shape[:2]), s.device)
             mask = mask[:, 1:] & mask[:, :-1] if self.task == "causal_lm" else mask
         return (s[:, :-1], t[:, :-1], mask) if self.task == "causal_lm" else (s, t, mask)
 
+    @property
+    def answer_plan(self) -> CapturePlan:
+        """What evaluation returns: logits, or the pooled vectors of a base model."""
+        return CapturePlan(logits=self.task != "features", pooled=self.task == "features")
+
+    def answer(self, student: Signals) -> Tensor:
+        return student.pooled if self.task == "features" else student.logits
+
+    def named_logits(self, logits: Tensor) -> dict[str, Tensor]:
+        """Logits under the names that the models of Transformers give them."""
+        if self.task == "features":
+            return {"pooled": logits}
+        if self.task == "question_answering":
+            return {"start_logits": logits[:, 0], "end_logits": logits[:, 1]}
+        return {"logits": logits}
+
     def describe(self) -> list[dict[str, Any]]:
         """The objective as resolved, for `results.json`, the card and checkpoints."""
-        return [term.describe() for term in self.terms.values()]
+        rows = [term.describe() for term in self.terms.values()]
+        if self.task in ("token", "masked_lm", "causal_lm"):
+            named = "masked" if (self.task, self.positions) == ("masked_lm", "labelled") else self.positions
+            for row, term in zip(rows, self.terms.values()):
+                if term.signal == "logits" and not term.term.is_task:
+                    row["positions"] = named
+        return rows
+
+
+def _real_positions(student: Signals, teacher: Signals | None, *logits: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Span logits `(batch, 2, length)` with -inf at positions that are no real token for both models, and the bool `(batch, length)`."""
+    shapes = [tuple(tensor.shape) for tensor in logits]
+    masks = [tuple(s.attention_mask.shape) for s in (student, teacher) if s is not None and s.attention_mask is not None]
+    positions = (shapes[0][0], shapes[0][-1])
+    if shapes[0] != (positions[0], 2, positions[1]) or len({*shapes}) > 1 or {*masks} - {positions}:
+        raise ValueError(
+            f"Start and end logits must have the shape (batch, 2, length), with one position for each of the attention mask's, but have "
+            f"{' (student) and '.join(map(str, shapes))}{' (teacher)' if teacher is not None else ''}, with attention masks {masks}: "
+            "positions could not be matched. Return start_logits and end_logits of (batch, length) from both models, and no virtual tokens."
+        )
+    real = token_mask(student, teacher, positions, logits[0].device)
+    return [tensor.masked_fill(~real.unsqueeze(1), float("-inf")) for tensor in logits], real
 
 
 def _full(tensor: Tensor) -> Tensor:

@@ -181,3 +181,48 @@ def _tidy(axis) -> None:
     axis.grid(True, alpha=0.25, linewidth=0.6)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
+
+
+def plot_variants(outcome: Mapping[str, Any], path: str | os.PathLike) -> Path | None:
+    """One PNG of an ablation: a bar a variant (mean over seeds, one dot a seed), lines for the teacher and the student alone.
+
+    Args:
+        outcome (`dict`): as [`run_ablation`](hfdistill.ablation.run_ablation) returns it.
+        path (`str`): of the PNG.
+
+    Returns:
+        `Path` or `None`: `None` where matplotlib is not installed; a line says so.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("No picture of the ablation: matplotlib is not installed. Get it with: pip install 'hfdistill[plots]'")
+        return None
+    names, values = list(outcome["variants"]), list(outcome["variants"].values())
+    figure = Figure(figsize=(8.0, 0.42 * len(names) + 1.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    rows = range(len(names))
+    colours = [COLOURS["student_distilled"], *[_OTHER_COLOURS[1]] * (len(names) - 1)]
+    axis.barh(rows, [value["mean"] for value in values], color=colours, height=0.62, zorder=2)
+    for row, value in zip(rows, values):
+        axis.plot(value["values"], [row] * len(value["values"]), "o", color="#333333", markersize=3.5, zorder=4)
+    references = {"teacher": outcome["teacher"], "student_alone": outcome["alone"] and outcome["alone"]["mean"]}
+    for key, value in references.items():
+        if value is not None:
+            label = f"{MODEL_NAMES[key]}  {value:.3f}"
+            axis.axvline(value, color=COLOURS[key], linestyle="--", linewidth=1.2, zorder=3, label=label)
+    everything = [edge for value in values for edge in value["values"]] + [value for value in references.values() if value is not None]
+    span = max(max(everything) - min(everything), 1e-3)
+    axis.set_xlim(max(min(everything) - 0.25 * span, 0), max(everything) + 0.08 * span)
+    axis.set_yticks(list(rows), [f"{name}  {value['mean']:.3f}" for name, value in zip(names, values)])
+    axis.invert_yaxis()
+    axis.set_xlabel(f"{outcome['metric'].replace('_', ' ')} (the axis does not start at 0); dots: seeds {outcome['seeds']}")
+    axis.grid(axis="x", color="#DDDDDD", zorder=0)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper right", frameon=False, ncols=2, fontsize=9)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
+    return path

@@ -10,13 +10,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .alignment import resolve_label_order, resolve_vocabulary
+from .alignment import resolve_label_order, resolve_vocabulary, teacher_token_ids
 from .arguments import DistillationTrainingArguments
 from .capture import Capture
-from .counting import labels_of
-from .models.anatomy import task_of, unwrap_peft
+from .counting import SPAN_COLUMNS, labels_of
+from .models.anatomy import is_base_model, task_of, unwrap_peft
+from .models.peft_student import is_peft_student
 from .objective import Objective
-from .teachers import CallableTeacher, FrozenTeacher
+from .sentence_encoder import read_sentence_encoder
+from .teachers import AdaptersOffTeacher, CallableTeacher, FrozenTeacher
+from .teachers.base_model import BASE
 from .teachers.loading import load_teacher, load_tokenizer
 from .terms import Term
 
@@ -37,7 +40,7 @@ def check_constructor(model, args, compute_loss_func, teacher, datasets: dict) -
             "compute_loss_func returns one number, from which no count of rows can be taken. Write the loss as a DistillationLoss and "
             "pass objective=[Term(loss), ...]."
         )
-    if args.label_names not in (None, ["labels"]):
+    if args.label_names not in (None, ["labels"], list(SPAN_COLUMNS)):
         raise ValueError(f"label_names={args.label_names} is not supported: rename the column of hard labels to 'labels'.")
     if teacher is not None and teacher is model:
         raise ValueError("teacher and model are the same object: freezing the teacher would freeze the student. Pass a copy.")
@@ -61,12 +64,29 @@ def check_columns(model: nn.Module, dataset) -> None:
         )
 
 
-def check_labels(example: Mapping | None, terms: list[Term]) -> None:
+def resolve_label_names(model: nn.Module, given: list[str] | None, found: list[str]) -> list[str]:
+    """The columns of hard labels: those the forward pass names (`found`), start and end positions for spans, else `labels`.
+
+    Raises:
+        ValueError: when other names are `given` than the task of the model has.
+    """
+    spans = task_of(model) == "question_answering"
+    names = list(SPAN_COLUMNS) if spans else found or ["labels"]
+    if given is not None and given != (names if spans else ["labels"]):
+        raise ValueError(
+            f"label_names={given} does not fit {type(unwrap_peft(model)).__name__}, whose hard labels are in {names}: evaluation would "
+            "find none. Leave label_names out."
+        )
+    return names
+
+
+def check_labels(example: Mapping | None, terms: list[Term], names: list[str]) -> None:
     """Batches of the training data have labels where a term needs them; the collator may have made them."""
+    columns = " and ".join(map(repr, names))
     if example is not None and any(term.is_task for term in terms) and labels_of(example) is None:
         raise ValueError(
-            f"Batches of the training data have no 'labels', only {sorted(example)}, but the objective has a task term. Add a column "
-            "'labels' (-100 where one is missing), or set task_weight to 0 to learn from the teacher alone."
+            f"Batches of the training data have no {columns}, only {sorted(example)}, but the objective has a task term. Add a column "
+            f"{columns} (-100 where one is missing), or set task_weight to 0 to learn from the teacher alone."
         )
 
 
@@ -78,7 +98,8 @@ def check_separate(student: nn.Module, teacher) -> None:
         if shared:
             raise ValueError(
                 f"Student and teacher share {len(shared)} parameters ({', '.join(shared[:2])}...): freezing the teacher would freeze them "
-                "in the student. Pass copy.deepcopy of one of them."
+                "in the student. Pass copy.deepcopy of one of them"
+                f"{', or teacher=' + repr(BASE) + ' for the student with its adapters off' if is_peft_student(student) else ''}."
             )
 
 
@@ -93,18 +114,47 @@ def check_teacher(terms: list[Term], teacher) -> None:
 
 
 def load_by_name(teacher, student: nn.Module, args, processing_class=None):
-    """A teacher given as a folder or Hub id becomes `(model, its tokenizer or None)`; any other teacher stays as it is."""
+    """A teacher given as a folder or Hub id becomes `(model, its tokenizer or None)`; any other teacher stays as it is.
+
+    The name `base` is the student itself with its PEFT adapters off; a folder called that is `./base`.
+    """
+    if isinstance(teacher, str) and teacher == BASE:
+        return AdaptersOffTeacher(args.teacher_batch_size), None
     if not isinstance(teacher, (str, os.PathLike)):
         return teacher, None
     name, task, options = os.fspath(teacher), task_of(student), args.teacher_model_init_kwargs or {}
     if task == "sequence" and getattr(unwrap_peft(student), "main_input_name", None) == "pixel_values":
         task = "image"
+    if is_base_model(student):
+        task = "base"
     text = isinstance(processing_class, PreTrainedTokenizerBase)
     return load_teacher(name, task, options), load_tokenizer(name, options.get("revision")) if text else None
 
 
-def wrap_teacher(teacher, args, accelerator) -> FrozenTeacher | CallableTeacher | None:
+def own_pooling(teacher, student: nn.Module, args) -> str | None:
+    """The pooling of a sentence-transformers folder that is the teacher of a base model; `None` for any other teacher."""
+    if not isinstance(teacher, (str, os.PathLike)) or not is_base_model(student):
+        return None
+    options = args.teacher_model_init_kwargs or {}
+    encoder = read_sentence_encoder(teacher, options.get("revision"), options.get("cache_dir"))
+    return encoder and encoder.pooling
+
+
+def wrap_teacher(teacher, args, accelerator, pooling: str | None = None) -> FrozenTeacher | AdaptersOffTeacher | CallableTeacher | None:
     """Module -> [`FrozenTeacher`] on its device and in its dtype, function -> [`CallableTeacher`]."""
+    if isinstance(teacher, AdaptersOffTeacher):
+        for name in ("teacher_dtype", "teacher_device", "teacher_model_init_kwargs"):
+            if getattr(args, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(args, name)!r} would not be used: teacher='base' is the student's own model, where and as the "
+                    f"student is. Remove {name}, or pass a copy of the base as the teacher."
+                )
+        if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED"):
+            raise ValueError(
+                f"teacher='base' calls the student past its {accelerator.distributed_type.value} wrapper, which gathers its weights. "
+                "Pass a copy of the base as the teacher, or use DDP (recipes/accelerate/multi_gpu.yaml)."
+            )
+        return teacher
     if teacher is None or isinstance(teacher, (FrozenTeacher, CallableTeacher)):
         return teacher
     if isinstance(teacher, nn.Module):
@@ -115,10 +165,30 @@ def wrap_teacher(teacher, args, accelerator) -> FrozenTeacher | CallableTeacher 
             dtype=getattr(torch, args.teacher_dtype) if args.teacher_dtype else None,
             batch_size=args.teacher_batch_size,
             autocast=accelerator.autocast if mixed else nullcontext,
+            pooling=pooling,
         )
     if not callable(teacher):
         raise ValueError(f"teacher must be a module, a folder or Hub id, or a function that answers a batch, got {type(teacher).__name__}.")
     return CallableTeacher(teacher)
+
+
+def translate_tokens(student: Capture, teacher: Capture | None, processing_class, teacher_processing_class) -> None:
+    """Lets `teacher` read the student's token ids as its own where the student's tokenizer was pruned from the teacher's.
+
+    Raises:
+        ValueError: where the models have fewer rows than their tokenizers.
+    """
+    if not isinstance(teacher, Capture):
+        return
+    ids = teacher_token_ids(processing_class, teacher_processing_class)
+    teacher.token_ids = None if ids is None else torch.tensor(ids)
+    rows = [getattr(getattr(capture.inner, "config", None), "vocab_size", None) for capture in (student, teacher)]
+    if ids is not None and None not in rows and (rows[0] < len(ids) or rows[1] <= max(ids)):
+        raise ValueError(
+            f"The student has {rows[0]} rows and the teacher {rows[1]}, but the pruned tokenizer has {len(ids)} tokens, the last of them "
+            f"number {max(ids)} of the teacher: one of the models belongs to another tokenizer. Build the student with "
+            "vocabulary=kept of the same prune_tokenizer call, and pass the teacher's own tokenizer as teacher_processing_class."
+        )
 
 
 def align(objective: Objective, student: Capture, teacher: Capture | None, args, processing_class, teacher_processing_class) -> None:
@@ -134,7 +204,11 @@ def align(objective: Objective, student: Capture, teacher: Capture | None, args,
     if uses_logits and objective.task in ("sequence", "token"):
         objective.label_order = resolve_label_order(*configs, args.teacher_label_order)
     sizes = [getattr(config, "vocab_size", None) for config in configs]
-    if None not in sizes:
+    language_model = objective.task in ("masked_lm", "causal_lm")
+    if isinstance(teacher, Capture) and teacher.token_ids is not None:
+        if language_model:
+            objective.vocabulary, objective.teacher_columns = len(teacher.token_ids), teacher.token_ids.to(args.device)
+    elif None not in sizes:
         tokenizers = [t if isinstance(t, PreTrainedTokenizerBase) else None for t in (processing_class, teacher_processing_class)]
         shared = resolve_vocabulary(*sizes, *tokenizers)
-        objective.vocabulary = shared if objective.task in ("masked_lm", "causal_lm") else None
+        objective.vocabulary = shared if language_model else None

@@ -19,9 +19,20 @@ from .redaction import shareable
 MODEL_NAMES = {"teacher": "teacher", "student_alone": "student alone", "student_distilled": "student distilled"}
 BASELINE_NAMES = {
     "control": "control: student on the teacher's labels",
+    "kd_alone": "soft targets alone: no earlier stage",
     "tfidf_logreg": "TF-IDF + logistic regression, student's labels",
     "tfidf_logreg_teacher_labels": "TF-IDF + logistic regression, teacher's labels",
+    "window_logreg": "logistic regression on neighbouring words, student's labels",
+    "window_logreg_teacher_labels": "logistic regression on neighbouring words, teacher's labels",
     "majority": "majority class",
+    "tfidf_cosine": "cosine of TF-IDF word vectors",
+    "chance": "random order",
+    "word_overlap": "sentence that shares most words with the question",
+    "first_sentence": "first sentence of the context",
+    "most_frequent": "most frequent token",
+    "left_bigram": "left bigram",
+    "trigram": "trigram with back-off, neighbours as the models see them",
+    "trigram_told": "trigram with back-off, told the masked neighbours",
 }
 _KEYS = (
     "task", "metric", "seeds", "teacher", "student_alone", "student_distilled", "baselines", "agreement", "gap_closed", "objective",
@@ -149,7 +160,8 @@ def _not_finite(value: Any, place: str = "") -> list[tuple[str, float]]:
 def results_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """`results.json` as rows of a table: teacher, student alone, student distilled, then every baseline.
 
-    `agreements` (arm to number), where `results` has it, fills that column for the other arms too.
+    `agreements` (arm to number), where `results` has it, fills that column for the other arms too, and each of `further_metrics`
+    (name to arm to value, as in `student_distilled`) is a column of its own.
     """
     metric = results["metric"]
     rows = {key: _row(name, metric, results[key]) for key, name in MODEL_NAMES.items() if results.get(key) is not None}
@@ -158,6 +170,8 @@ def results_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         rows[key] = _row(BASELINE_NAMES.get(key, key), metric, entry if whole else {metric: entry})
     agreements = {"student_distilled": results["agreement"], **{_ARMS.get(k, k): v for k, v in results.get("agreements", {}).items()}}
     for key, row in rows.items():
+        for name, entries in results.get("further_metrics", {}).items():
+            row[name.replace("_", " ")] = entries.get(key)
         row["agreement with teacher"] = agreements.get(key)
         row["gap closed"] = results["gap_closed"] if key == "student_distilled" else None
     return list(rows.values())

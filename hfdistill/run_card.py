@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from .models.peft_student import adapter_settings, is_peft_student
+from .redaction import shareable
 from .report import versions
+from .teachers.loading import AUTO_CLASSES
 
 
 PIPELINE_TAGS = {
     "sequence": "text-classification",
     "token": "token-classification",
+    "question_answering": "question-answering",
     "masked_lm": "fill-mask",
     "causal_lm": "text-generation",
+    "features": "feature-extraction",
 }
 HYPERPARAMETERS = (
     "learning_rate",
@@ -50,12 +55,31 @@ def card_fields(trainer) -> dict[str, Any]:
         "base_model": start or None,
         "objective": [_row(term) for term in trainer.objective.describe()],
         "layer_map_table": "\n\n".join(tables) or None,
-        "hyperparameters": {name: getattr(trainer.args, name) for name in HYPERPARAMETERS},
+        "hyperparameters": {name: getattr(trainer.args, name) for name in HYPERPARAMETERS} | adapter_settings(trainer.student.model),
         "metric_values": _last_metrics(trainer.state.log_history),
         "pipeline_tag": tag,
         "versions": versions(),
         "repo_id": trainer.hub_model_id,
+        **_adapter_fields(trainer, start, tag),
     }
+
+
+def _adapter_fields(trainer, base: str | None, tag: str | None) -> dict[str, Any]:
+    """Where adapters alone are published: the library, and how they are loaded on top of a base that others can have."""
+    if not is_peft_student(trainer.model):  # also a student that was merged after its training
+        return {}
+    name = os.path.basename(os.path.abspath(trainer.args.output_dir))
+    auto = next((AUTO_CLASSES[task] for task, own in PIPELINE_TAGS.items() if own == tag and task in AUTO_CLASSES), None)
+    auto = AUTO_CLASSES["image"] if tag == "image-classification" else auto
+    fields: dict[str, Any] = {"library_name": "peft"}
+    if base and auto:
+        labels = f", num_labels={trainer.student.inner.config.num_labels}" if "Classification" in auto else ""
+        fields["usage"] = (
+            f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
+            f'base = {auto}.from_pretrained("{shareable(base)}"{labels})\n'
+            f'model = PeftModel.from_pretrained(base, "{trainer.hub_model_id or name}")'
+        )
+    return fields
 
 
 def _teacher_name(teacher) -> str | None:
@@ -69,6 +93,8 @@ def _row(term: dict[str, Any]) -> dict[str, Any]:
     row = {key: value for key, value in term.items() if key not in ("signal", "adapter", "layer_reduction")}
     if isinstance(row.get("layer_map"), list):
         row["layer_map"] = " ".join(f"{s}:{t}" for s, t in row["layer_map"])
+    if "SharedAdapter" in term.get("adapter", ()):
+        row["adapter"] = "shared"
     return row
 
 

@@ -9,7 +9,8 @@ import shutil
 import statistics
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,14 @@ import numpy as np
 from .baselines import majority_share
 from .benchmark import count_parameters, interleaved_latency, size_on_disk
 from .capture import Capture
+from .checkpoints import last_whole_checkpoint
+from .export import merged_student
 from .metrics import agreement, gap_closed
+from .models.anatomy import task_of
+from .models.peft_student import is_peft_student
 from .plots import plot_results
 from .report import print_table, results_rows, summarise, versions, write_results
+from .stages import stages_rows, train_stages
 from .trainer import DistillationTrainer
 
 
@@ -42,6 +48,8 @@ class Arm:
         labels: of the held-out data.
         seconds: of training; `None` where it was resumed.
         log_history: what the trainer logged.
+        steps: optimizer steps, those of all stages together; 0 where nothing was trained.
+        stages: one record a stage, see [`StageRecord`].
     """
 
     name: str
@@ -51,6 +59,8 @@ class Arm:
     labels: np.ndarray
     seconds: float | None = 0.0
     log_history: list[dict[str, Any]] = field(default_factory=list)
+    steps: int = 0
+    stages: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def model(self):
@@ -67,13 +77,16 @@ class Run:
         args: `DistillationTrainingArguments` of the recipe.
         fingerprint: of everything that decides the results: settings, data, checkpoints. See [`run_fingerprint`].
         overwrite: start anew; arms in the folder are deleted.
+        evaluate: `trainer -> (metrics, predictions, labels)`, where `trainer.predict(trainer.eval_dataset)` is not what measures a
+            model; the metrics have the prefix `eval_`.
 
     Raises:
         ValueError: when the folder holds another run, or a model of other origin.
     """
 
-    def __init__(self, args, fingerprint: str, overwrite: bool = False):
+    def __init__(self, args, fingerprint: str, overwrite: bool = False, evaluate: Callable | None = None):
         self.args = args
+        self.evaluate = evaluate or _predict
         self.root = Path(args.output_dir)
         self.fingerprint = fingerprint
         with args.main_process_first(desc="output folder"):
@@ -99,6 +112,10 @@ class Run:
         mark = self.root / MARK
         return json.loads(mark.read_text())["fingerprint"] if mark.is_file() else None
 
+    def _claim(self) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        (self.root / MARK).write_text(json.dumps({"fingerprint": self.fingerprint}))
+
     def folder(self, arm: str) -> str:
         return str(self.root / ARMS / arm)
 
@@ -115,15 +132,36 @@ class Run:
             return done
         folder = self.folder(name)
         if self.args.should_save:
-            self.root.mkdir(parents=True, exist_ok=True)
-            (self.root / MARK).write_text(json.dumps({"fingerprint": self.fingerprint}))
+            self._claim()
         checkpoint = last_whole_checkpoint(folder, trainer.accelerator.num_processes)
         start = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - start if checkpoint is None else None  # what went before the kill is not known
+        _merge(trainer)
         arm = self._measure(name, trainer, seconds)
         trainer.save_model(folder)
         self._write(arm)
+        return arm
+
+    def finish_stages(self, name: str, stages, model, seed: int, **options) -> Arm:
+        """As `finish`, for a student that is trained in stages with `seed`; `options` are those of [`train_stages`].
+
+        The record of every stage is printed and kept in `Arm.stages`.
+        """
+        if self.args.should_save:
+            self._claim()
+        trainer, records = train_stages(stages, model, replace(self.args, output_dir=self.folder(name), seed=seed), **options)
+        arm = self._read(name, trainer)
+        if arm is None:
+            _merge(trainer)
+            seconds = [record.seconds for record in records]
+            arm = self._measure(name, trainer, None if None in seconds else sum(seconds))
+            arm.steps = sum(record.steps for record in records)
+            arm.stages = [asdict(record) for record in records]
+            trainer.save_model(self.folder(name))
+            self._write(arm)
+        if self.args.should_log:
+            print_table(stages_rows(records), title=f"Stages of {name}")
         return arm
 
     def measure(self, name: str, trainer: DistillationTrainer) -> Arm:
@@ -158,16 +196,18 @@ class Run:
             trainer.create_model_card()
 
     def _measure(self, name: str, trainer: DistillationTrainer, seconds: float | None) -> Arm:
-        output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
-        trainer.log_metrics("eval", output.metrics)
+        metrics, predictions, labels = self.evaluate(trainer)
+        trainer.log_metrics("eval", metrics)
         history = list(trainer.state.log_history)
-        return Arm(name, trainer, output.metrics, np.asarray(output.predictions), np.asarray(output.label_ids), seconds, history)
+        return Arm(name, trainer, metrics, np.asarray(predictions), np.asarray(labels), seconds, history, trainer.state.global_step)
 
     def _write(self, arm: Arm) -> None:
         if self.args.should_save:
             folder = Path(self.folder(arm.name))
             np.savez(folder / "predictions.npz", logits=arm.logits, labels=arm.labels)
-            record = {"metrics": arm.metrics, "seconds": arm.seconds, "log_history": arm.log_history}
+            record = {
+                "metrics": arm.metrics, "seconds": arm.seconds, "log_history": arm.log_history, "steps": arm.steps, "stages": arm.stages,
+            }  # fmt: skip
             partial = folder / "arm.json.partial"
             partial.write_text(json.dumps(record))
             os.replace(partial, folder / "arm.json")
@@ -178,27 +218,25 @@ class Run:
         if not (folder / "arm.json").is_file():
             return None
         record = json.loads((folder / "arm.json").read_text())
+        _merge(trainer)
         model = type(trainer.model).from_pretrained(folder)
         trainer.model.load_state_dict(model.state_dict())
         with np.load(folder / "predictions.npz", allow_pickle=False) as arrays:
-            return Arm(name, trainer, record["metrics"], arrays["logits"], arrays["labels"], record["seconds"], record["log_history"])
+            arm = Arm(name, trainer, record["metrics"], arrays["logits"], arrays["labels"])
+        for key in ("seconds", "log_history", "steps", "stages"):
+            setattr(arm, key, record[key])
+        return arm
 
 
-def last_whole_checkpoint(folder: str | os.PathLike, ranks: int = 1) -> str | None:
-    """The newest checkpoint in `folder` that was written to its end; those cut short by a kill are passed over.
+def _merge(trainer: DistillationTrainer) -> None:
+    """An arm is measured, saved and published as a plain model: one with PEFT adapters gets them merged into its weights."""
+    if is_peft_student(trainer.model):
+        trainer.model = merged_student(trainer)
 
-    Args:
-        ranks: processes of the run, each of which leaves its random state.
-    """
-    folders = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for path in folders:
-        try:
-            json.loads((path / "trainer_state.json").read_text())  # the trainer writes it last
-        except (OSError, ValueError):
-            continue
-        if len(list(path.glob("rng_state*.pth"))) >= ranks:
-            return str(path)
-    return None
+
+def _predict(trainer: DistillationTrainer):
+    output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
+    return output.metrics, output.predictions, output.label_ids
 
 
 def run_fingerprint(config_sha256: str, data_fingerprint: str, checkpoints: list[str | None]) -> str:
@@ -228,7 +266,12 @@ def refuse_weak_teacher(teacher: Arm, allowed: bool = False) -> None:
     Raises:
         ValueError: when the teacher is right no more often than the majority class, unless `allowed`.
     """
-    right, majority = float((teacher.logits.argmax(-1) == teacher.labels).mean()), majority_share(teacher.labels)
+    counted, labels = teacher.labels != -100, teacher.labels
+    if labels.ndim == teacher.logits.ndim:  # several yes-or-no labels a row
+        right, share = ((teacher.logits > 0) == labels)[counted].mean(), np.where(counted, labels, 0).sum(0) / counted.sum(0).clip(min=1)
+        majority = np.maximum(share, 1 - share).mean()
+    else:
+        right, majority = (teacher.logits.argmax(-1) == labels)[counted].mean(), majority_share(labels)
     if right <= majority and not allowed:
         raise ValueError(
             f"The teacher is right on {right:.3f} of the held-out rows, and always answering the most frequent label on {majority:.3f}: "
@@ -251,14 +294,18 @@ def compare_arms(
     example: dict[str, Any],
     baselines: dict[str, float],
     config_sha256: str,
+    agreement_of: Callable[[np.ndarray, np.ndarray], float] | None = None,
 ) -> dict[str, Any]:
     """The contents of `results.json`: accuracy of every arm, sizes, latencies measured in turns, agreement, share of the gap closed.
 
     Args:
         metric: name without the `eval_` prefix.
-        arms: `alone`, `distilled` and `control` -> one [`Arm`] a seed; those but `distilled` may be empty.
+        arms: `alone`, `distilled`, and others such as `control` -> one [`Arm`] a seed; those but `distilled` may be empty. The
+            others become entries of `baselines`.
         example: one row as a batch, for the latency.
         baselines: name -> value of `metric`.
+        agreement_of: `(predictions of a student, predictions of the teacher) -> share on which they agree`. Default: top-1 for
+            classifiers, nothing for others.
     """
     models = {"teacher": teacher.model, **{name: own[0].model for name, own in arms.items() if own}}
     inputs = {
@@ -274,6 +321,7 @@ def compare_arms(
             "parameters": count_parameters(model),
             "size_mb": size_on_disk(model),
             "latency_ms": latencies[name]["latency_ms"],
+            "steps": teacher.steps if name == "teacher" else arms[name][0].steps,
         }
 
     def over_seeds(name: str) -> dict[str, Any] | None:
@@ -281,10 +329,14 @@ def compare_arms(
         return entry(name, summarise([arm.metrics[f"eval_{metric}"] for arm in own])) if own else None
 
     teacher_value = teacher.metrics[f"eval_{metric}"]
-    alone, distilled, control = over_seeds("alone"), over_seeds("distilled"), over_seeds("control")
-    classes = teacher.logits.ndim == 2 and teacher.logits.shape[-1] > 1
+    alone, distilled = over_seeds("alone"), over_seeds("distilled")
+    others = {name: over_seeds(name) for name, own in arms.items() if own and name not in ("alone", "distilled")}
+    if agreement_of is None and task_of(teacher.model) == "sequence" and teacher.logits.ndim == 2 and teacher.logits.shape[-1] > 1:
+        agreement_of = agreement
     agreements = {
-        name: statistics.fmean(agreement(arm.logits, teacher.logits) for arm in own) for name, own in arms.items() if own and classes
+        name: statistics.fmean(agreement_of(arm.logits, teacher.logits) for arm in own)
+        for name, own in arms.items()
+        if own and agreement_of is not None
     }
     return {
         "task": task,
@@ -293,7 +345,7 @@ def compare_arms(
         "teacher": entry("teacher", teacher_value),
         "student_alone": alone,
         "student_distilled": distilled,
-        "baselines": {**({"control": control} if control else {}), **baselines},
+        "baselines": {**others, **baselines},
         "agreement": agreements.get("distilled"),
         "agreements": agreements,
         "gap_closed": None if alone is None else gap_closed(alone[metric]["mean"], distilled[metric]["mean"], teacher_value),
@@ -304,6 +356,6 @@ def compare_arms(
         "num_processes": teacher.trainer.accelerator.num_processes,
         "seconds": {
             "teacher": teacher.seconds,
-            **{name: _mean_seconds(arms.get(name, [])) for name in ("alone", "distilled", "control")},
+            **{name: _mean_seconds(arms.get(name, [])) for name in ("alone", "distilled", "control", *others)},
         },
     }

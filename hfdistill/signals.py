@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 
-SIGNALS = ("logits", "hidden_states", "embeddings", "attention_scores", "pooled")
-LAYERED_SIGNALS = ("hidden_states", "attention_scores")
+SIGNALS = ("logits", "hidden_states", "embeddings", "attention_scores", "queries", "keys", "values", "pooled")
+ATTENTION_SIGNALS = ("attention_scores", "queries", "keys", "values")
+LAYERED_SIGNALS = ("hidden_states", *ATTENTION_SIGNALS)
 
 
 @dataclass
@@ -21,14 +22,18 @@ class Signals:
     """The captured tensors of one model on one batch; what nobody asked for is `None` or an empty dict.
 
     Shapes:
-        logits: `(batch, classes)` or `(batch, length, classes)`.
+        logits: `(batch, classes)`, `(batch, length, classes)`, or `(batch, 2, length)` for spans: start and end, by position.
         hidden_states: block -> `(batch, length, width)`, the output of that block.
         embeddings: `(batch, length, width)`, the input of block 0.
         attention_scores: block -> `(batch, heads, queries, keys)`, scaled `q·k` before mask, softmax and dropout.
         attention_allowed: block -> bool `(batch, 1, queries, keys)`, True where the query is a real token and
             may look at that key (padding, causality and sliding windows included).
+        queries, keys, values: block -> `(batch, length, heads * head_dim)`, what the attention of that block worked on (biases
+            and rotary positions included), its heads side by side; grouped key and value heads are not repeated.
         pooled: `(batch, width)`.
         attention_mask: bool `(batch, length)`, True at real tokens; `None` when every position is real.
+        target_mask: bool `(batch, length)`, True at the real tokens that the batch marks to carry logit terms; `None` when it
+            marks none.
     """
 
     logits: Tensor | None = None
@@ -36,8 +41,12 @@ class Signals:
     embeddings: Tensor | None = None
     attention_scores: dict[int, Tensor] = field(default_factory=dict)
     attention_allowed: dict[int, Tensor] = field(default_factory=dict)
+    queries: dict[int, Tensor] = field(default_factory=dict)
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    values: dict[int, Tensor] = field(default_factory=dict)
     pooled: Tensor | None = None
     attention_mask: Tensor | None = None
+    target_mask: Tensor | None = None
 
     def attention_probabilities(self, block: int) -> Tensor:
         """Softmax of the scores of `block` over the keys each query may see, in at least fp32; padded rows are 0."""

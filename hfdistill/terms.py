@@ -12,12 +12,14 @@ from torch import nn
 
 from .losses import LOSSES
 from .losses.base import DistillationLoss
+from .losses.pairs import ContrastivePairsLoss
 from .schedules import Schedule, resolve_schedule
 from .signals import LAYERED_SIGNALS, SIGNALS
 from .suggest import nearest_or_all
 
 
 TASK = "task"
+PAIRS = "contrastive_pairs"
 RESERVED_NAMES = ("loss", "grad_norm", "learning_rate", "epoch", "step", "runtime")
 
 
@@ -26,12 +28,14 @@ class Term:
     """One weighted loss of the objective.
 
     Args:
-        loss (`str` or [`DistillationLoss`]): a name from `LOSSES`, or `"task"` (hard labels, by problem type). `"soft_targets"`
-            becomes binary KL for multi-label models and squared error for regression.
+        loss (`str` or [`DistillationLoss`]): a name from `LOSSES`, or `"task"` (hard labels, by problem type), or `"contrastive_pairs"`
+            (pooled vectors of rows with equal labels, see [`ContrastivePairsLoss`]). `"soft_targets"` becomes binary KL for
+            multi-label models and squared error for regression.
         weight (`float`, `dict` or [`Schedule`]): what the loss is multiplied by; a dict is a schedule.
         name (`str`, *optional*): under which it is logged. Default: the name of the loss.
         layer_map: for losses on layers, as in `resolve_layer_map`. Default: the `layer_map` of the arguments.
-        signal (`str`, *optional*): what is compared, where a loss fits several: `hidden_states`, `embeddings`, `pooled`.
+        signal (`str`, *optional*): what is compared, where a loss fits several: `hidden_states`, `embeddings`, `pooled`, `queries`,
+            `keys`, `values`.
         adapter (`str` or `nn.Module`, *optional*): projection of the student. Default: the `adapter` of the arguments.
         layer_reduction (`str`, *optional*): `mean` or `sum` over mapped pairs. Default: that of the arguments.
         options (`dict`): arguments of the loss, such as `temperature` (which may be a schedule).
@@ -50,8 +54,8 @@ class Term:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        if isinstance(self.loss, str) and self.loss != TASK and self.loss not in LOSSES:
-            raise ValueError(f"Unknown loss {self.loss!r}.{nearest_or_all(self.loss, [TASK, *LOSSES])}")
+        if isinstance(self.loss, str) and self.loss not in (TASK, PAIRS) and self.loss not in LOSSES:
+            raise ValueError(f"Unknown loss {self.loss!r}.{nearest_or_all(self.loss, [TASK, PAIRS, *LOSSES])}")
         if self.signal is not None and self.signal not in SIGNALS:
             raise ValueError(f"Unknown signal {self.signal!r}.{nearest_or_all(self.signal, SIGNALS)}")
         if self.layer_reduction not in (None, "mean", "sum"):
@@ -69,9 +73,20 @@ class Term:
             )
         if self.layer_map is not None and isinstance(self.loss, str) and self.loss_signal not in LAYERED_SIGNALS:
             raise ValueError(f"The term {label!r} compares {self.loss_signal}, which has no layers. Remove its layer_map.")
+        possible = None if self.is_task else self.loss_class.signals
+        if possible is not None and self.loss_signal not in possible:
+            raise ValueError(
+                f"The term {label!r} cannot compare {self.loss_signal}: {self.loss_class.__name__} works on the tokens of "
+                f"{', '.join(possible)}. Set signal to one of these."
+            )
+        if self.adapter is not None and not self.is_task and not self.loss_class.compares_widths:
+            raise ValueError(
+                f"The adapter of the term {label!r} would not be used: {self.loss_class.__name__} compares models of any width as they "
+                "are. Remove the adapter."
+            )
 
     def _check_options(self) -> None:
-        if isinstance(self.loss, str) and not self.is_task:
+        if isinstance(self.loss, str) and self.loss != TASK:
             known = list(inspect.signature(self.loss_class.__init__).parameters)[1:]
         else:
             known = []  # the task loss has its settings in the arguments, an instance has got its own already
@@ -82,17 +97,20 @@ class Term:
 
     @property
     def is_task(self) -> bool:
-        return self.loss == TASK
+        """Whether it compares the student with labels and needs no teacher."""
+        return self.loss in (TASK, PAIRS)
 
     @property
-    def loss_class(self) -> type[DistillationLoss] | None:
+    def loss_class(self) -> type[DistillationLoss] | type[ContrastivePairsLoss] | None:
         if self.is_task:
-            return None
+            return ContrastivePairsLoss if self.loss == PAIRS else None
         return LOSSES[self.loss] if isinstance(self.loss, str) else type(self.loss)
 
     @property
     def loss_signal(self) -> str:
-        return "logits" if self.is_task else (self.signal or self.loss_class.signal)
+        if self.is_task:
+            return "pooled" if self.loss == PAIRS else "logits"
+        return self.signal or self.loss_class.signal
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> Term:

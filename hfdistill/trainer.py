@@ -21,16 +21,30 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from .arguments import DistillationTrainingArguments
 from .binding import build_objective
 from .capture import Capture, CapturePlan, example_batch
-from .counting import Denominators, count_units, labels_of
+from .counting import TARGET_MASK, Denominators, count_units, labels_of
 from .hub import distillation_card
 from .models.anatomy import unwrap_peft
 from .models.layer_map import layer_map_table
+from .models.parts import freeze_parts, scale_learning_rates
+from .models.peft_student import wrap_student
 from .objective import Objective, Pairs, Part
 from .part_log import EvaluationParts, TrainingParts
-from .preparation import align, check_columns, check_constructor, check_labels, check_separate, check_teacher, load_by_name, wrap_teacher
+from .preparation import (
+    align,
+    check_columns,
+    check_constructor,
+    check_labels,
+    check_separate,
+    check_teacher,
+    load_by_name,
+    own_pooling,
+    resolve_label_names,
+    translate_tokens,
+    wrap_teacher,
+)
 from .run_card import card_fields
 from .side_file import changed_maps, load_side_file, read_record, save_side_file
-from .teachers import FrozenTeacher
+from .teachers import AdaptersOffTeacher, FrozenTeacher
 from .terms import Term, resolve_terms
 
 
@@ -59,9 +73,13 @@ class DistillationTrainer(Trainer):
             `args` a [`DistillationTrainingArguments`]. For language models with `compute_metrics`, logits are reduced to
             the best token unless `preprocess_logits_for_metrics` is given: whole vocabularies do not fit in memory.
         teacher (`nn.Module`, `str` or callable, *optional*): a model, a folder or Hub id, or a function `batch -> Signals`
-            (or logits). Without a teacher, and with `task_weight` alone, this is a plain Trainer.
+            (or logits). `"base"` is the student's own model with its PEFT adapters off, see [`AdaptersOffTeacher`]; a folder
+            of that name is `"./base"`. Without a teacher, and with `task_weight` alone, this is a plain Trainer.
         objective (`list` of [`Term`], *optional*): replaces the weights of the arguments.
-        teacher_processing_class (*optional*): the teacher's tokenizer, compared with `processing_class`.
+        teacher_processing_class (*optional*): the teacher's tokenizer, compared with `processing_class`. Where that was cut out of
+            it by `prune_tokenizer`, the teacher reads the student's ids as its own, and vocabularies are compared at the kept tokens.
+        peft_config (`peft.PeftConfig`, *optional*): puts adapters on the student, which alone are then trained and saved;
+            [`merged_student`] makes a plain model of it. As in TRL's `SFTTrainer`.
 
     Raises:
         ValueError: at construction, for everything that could not train what was asked for: labels, vocabularies, layers,
@@ -93,10 +111,14 @@ class DistillationTrainer(Trainer):
         teacher: nn.Module | str | Callable | None = None,
         objective: list[Term] | None = None,
         teacher_processing_class=None,
+        peft_config=None,
     ):
         if args is None:
             args = DistillationTrainingArguments("tmp_trainer")
         check_constructor(model, args, compute_loss_func, teacher, {"train_dataset": train_dataset, "eval_dataset": eval_dataset})
+        if peft_config is not None and model is not None:
+            model = wrap_student(model, peft_config, args.seed)
+        self._peft_config = peft_config
         self.objective: Objective | None = None
         self.card: dict = {}
         self._given_terms = objective
@@ -119,11 +141,12 @@ class DistillationTrainer(Trainer):
                 f"{self.args.n_gpu} GPUs are visible to one process, which would run DataParallel; its averaging of losses is not "
                 "supported. Start with `accelerate launch`, or show one GPU with CUDA_VISIBLE_DEVICES=0."
             )
+        pooling = own_pooling(teacher, self.model, self.args)
         teacher, tokenizer = load_by_name(teacher, self.model, self.args, self.processing_class)
         self.teacher_processing_class = teacher_processing_class or tokenizer
         check_separate(self.model, teacher)
-        self.teacher = wrap_teacher(teacher, self.args, self.accelerator)
-        self.label_names = self.label_names or ["labels"]  # models whose forward names no labels: their loss is ours anyway
+        self.teacher = wrap_teacher(teacher, self.args, self.accelerator, pooling)
+        self.label_names = resolve_label_names(self.model, self.args.label_names, self.label_names)
         self._bind()
         self.add_callback(_ObjectiveCallback(self))
         if (
@@ -138,18 +161,23 @@ class DistillationTrainer(Trainer):
     def _bind(self, fixed_maps: Mapping[str, Pairs] | None = None) -> None:
         """Builds the objective for the current student and teacher."""
         args = self.args
+        if args.frozen_parts:
+            freeze_parts(self.model, args.frozen_parts)
         terms = resolve_terms(args, self._given_terms)
         check_teacher(terms, self.teacher)
         if self.objective is not None:
             self.student.release()
         self.student = Capture(self.model, "student")
-        teacher = self.teacher.capture if isinstance(self.teacher, FrozenTeacher) else None
+        if isinstance(self.teacher, AdaptersOffTeacher):
+            self.teacher.follow(self.student)
+        teacher = self.teacher.capture if isinstance(self.teacher, (FrozenTeacher, AdaptersOffTeacher)) else None
+        translate_tokens(self.student, teacher, self.processing_class, self.teacher_processing_class)
         self._signature_columns = None
         if args.remove_unused_columns:
             check_columns(self.model, self.train_dataset)
         example = self._collate(2)
         if self.train_dataset is not None:
-            check_labels(example, terms)
+            check_labels(example, terms, self.label_names)
         labels = None if example is None else labels_of(example)
         maps = [args.layer_map, *(term.layer_map for term in terms if isinstance(term.layer_map, str))]
         config = getattr(unwrap_peft(self.model), "config", None)
@@ -202,10 +230,13 @@ class DistillationTrainer(Trainer):
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         extra = [] if self.teacher is None else self.teacher.columns
-        self._signature_columns += [name for name in [*extra, "labels"] if name not in self._signature_columns]
+        collator = getattr(self.data_collator, "columns", [])
+        self._signature_columns += [name for name in [*extra, *collator, TARGET_MASK, "labels"] if name not in self._signature_columns]
 
     def call_model_init(self, trial=None):
         model = super().call_model_init(trial)
+        if self._peft_config is not None:
+            model = wrap_student(model, self._peft_config, self.args.seed)
         if self.objective is not None:  # a new trial: its student and its weights need a new objective
             self.model = model
             if self.place_model_on_device:
@@ -246,12 +277,13 @@ class DistillationTrainer(Trainer):
                     reduction = self.objective.terms[part.name].reduction
                     self._evaluation_parts.add(part.name, part.weight, part.totals, part.counts, reduction)
         else:
-            logits = self.student(inputs, CapturePlan(), forward=model).logits
-            total, count, _ = self.objective.task_value(logits, labels_of(inputs))
+            student = self.student(inputs, CapturePlan(), forward=model)
+            logits = student.logits
+            total, count, _ = self.objective.task_value(student, labels_of(inputs))
             loss = total / count.clamp(min=1)
             if not model.training:
                 self._evaluation_parts.add("task", 1.0, total.detach()[None], count[None])
-        return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+        return (loss, {"loss": loss, **self.objective.named_logits(logits)}) if return_outputs else loss
 
     def _parts(self, model, inputs, window: Window | None) -> tuple[Tensor, list[Part]]:
         if window is None:
@@ -264,13 +296,13 @@ class DistillationTrainer(Trainer):
                 (window.student_plan, window.teacher_plan),
                 window.denominators,
             )
-        student_plan = plans[0] if window is not None else plans[0].union(CapturePlan())
+        student_plan = plans[0] if window is not None else plans[0].union(self.objective.answer_plan)
         student = self.student(inputs, student_plan, forward=model)
         teacher = self.teacher(inputs, plans[1]) if plans[1] != NOTHING else None
         parts = self.objective(student, teacher, labels_of(inputs), progress, pairs, denominators)
         if window is not None and self._check_counts:
             self._verify_counts(inputs, pairs, parts, denominators)
-        return student.logits, parts
+        return self.objective.answer(student), parts
 
     def _verify_counts(self, inputs, pairs, parts: list[Part], denominators: Denominators) -> None:
         """Once per run: rows predicted from the masks are the rows the losses saw, so the denominators are right."""
@@ -304,7 +336,10 @@ class DistillationTrainer(Trainer):
                 p.grad.copy_(piece.view_as(p.grad))
 
     def create_optimizer(self, model=None):
+        fresh = self.optimizer is None
         optimizer = super().create_optimizer(model)
+        if fresh and self.args.learning_rate_scales:
+            scale_learning_rates(optimizer, self.model, self.args.learning_rate_scales)
         present = {id(p) for group in optimizer.param_groups for p in group["params"]}
         missing = [p for p in self.objective.parameters() if id(p) not in present]
         if missing and self.lr_scheduler is not None:
@@ -322,18 +357,31 @@ class DistillationTrainer(Trainer):
 
     def floating_point_ops(self, inputs):
         own = super().floating_point_ops(inputs)
-        if isinstance(self.teacher, FrozenTeacher) and hasattr(self.teacher.model, "floating_point_ops"):
+        if isinstance(self.teacher, (FrozenTeacher, AdaptersOffTeacher)) and hasattr(self.teacher.model, "floating_point_ops"):
             own += self.teacher.model.floating_point_ops(inputs) // 3  # forward only, of the 6 operations a step counts
         return own
 
     # ---- Evaluation ----
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if self.objective.task == "features":
+            return self._pooled_prediction(model, inputs, prediction_loss_only)
         labelled = all(inputs.get(name) is not None for name in self.label_names) and bool(self.label_names)
         if not (labelled and self.args.eval_with_teacher):
             keep = {*self.student.columns, *self.label_names}
             inputs = {name: value for name, value in inputs.items() if name in keep}
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def _pooled_prediction(self, model, inputs, prediction_loss_only):
+        """Of a base model: pooled vectors instead of logits, and no task loss; the objective's with `eval_with_teacher`."""
+        inputs, loss = self._prepare_inputs(inputs), None
+        with torch.no_grad(), self.compute_loss_context_manager():
+            if self.args.eval_with_teacher and self.teacher is not None:
+                loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+                pooled = outputs["pooled"]
+            else:
+                pooled = self.student(inputs, self.objective.answer_plan, forward=model).pooled
+        return (loss, None, None) if prediction_loss_only else (loss, pooled, labels_of(inputs))
 
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
         self._evaluation_parts = EvaluationParts()
@@ -469,12 +517,20 @@ class DistillationTrainer(Trainer):
 
 
 class _ObjectiveCallback(TrainerCallback):
-    """Prints the layer maps at the start and clears the gradients of the adapters, which the training loop does not know."""
+    """Prints the layer maps at the start, tells the collator the epoch, and clears the gradients of the adapters, which the
+    training loop does not know."""
 
     def __init__(self, trainer: DistillationTrainer):
         self.trainer = trainer
+        self.epoch: int | None = None
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.epoch = int(state.epoch + 1e-6) if self.epoch is None else self.epoch + 1
+        if hasattr(self.trainer.data_collator, "set_epoch"):
+            self.trainer.data_collator.set_epoch(self.epoch)
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.epoch = None
         tables = self.trainer.layer_map_tables()
         if tables and state.is_world_process_zero:
             for name, table in tables.items():

@@ -12,42 +12,17 @@ writes to `output_dir`: the distilled student of the first seed (loads with plai
 `results.png` and a model card. Without data flags the embedded task is used, which needs no network.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import hfdistill
+from hfdistill import recipe_field as _
 from hfdistill.cli import check_keys, check_launch, config_sha256, parse, use_cpu_threads
 
 
-def _(default, text, **more):
-    return (
-        field(default_factory=default, metadata={"help": text})
-        if callable(default)
-        else field(default=default, metadata={"help": text, **more})
-    )
-
-
 @dataclass
-class TextClassificationArguments:
+class TextClassificationArguments(hfdistill.RecipeArguments):
     """Data, student and teacher of a text classification run; everything else is in `DistillationTrainingArguments`."""
 
-    model_name_or_path: str | None = _(None, "Student checkpoint (folder or Hub id). Default: built from the teacher.")
-    student_layers: int | None = _(None, "Blocks of a student built from the teacher. Default: half of the teacher's.")
-    student_config: dict | None = _(
-        None, "Further sizes of a student built from the teacher: hidden_size, num_attention_heads, intermediate_size, ..."
-    )
-    student_init: str = _(
-        "teacher", "Weights of a student built from the teacher: copied by layer_map, or random.", choices=["teacher", "random"]
-    )
-    teacher_model_name_or_path: str | None = _(None, "Teacher checkpoint (folder or Hub id). Default: a BERT trained from scratch.")
-    teacher_config: dict | None = _(None, "Sizes of a teacher trained from scratch, as in BertConfig.")
-    teacher_training: dict | None = _(
-        None, "Training arguments of the teacher, such as max_steps; set to fine-tune a given checkpoint too."
-    )
-    allow_weak_teacher: bool = _(False, "Go on although the teacher is no better than the majority class.")
-    tokenizer_name: str | None = _(None, "Tokenizer, where it lies neither beside the teacher nor beside the student.")
-    model_revision: str = _("main", "Revision of the student checkpoint.")
-    trust_remote_code: bool = _(False, "Run code that comes with a checkpoint.")
-    cache_dir: str | None = _(None, "Where downloads are kept.")
     task_name: str | None = _(None, "A GLUE task: cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb or wnli.")
     dataset_name: str | None = _(None, "A data set on the Hub.")
     dataset_config_name: str | None = _(None, "Its configuration.")
@@ -61,16 +36,6 @@ class TextClassificationArguments:
     )
     max_seq_length: int = _(128, "Tokens per row; longer texts are cut.")
     pad_to_max_length: bool = _(False, "Pad to max_seq_length instead of to the longest row of a batch.")
-    vocab_size: int = _(3000, "Pieces of the tokenizer trained for a teacher from scratch.")
-    max_train_samples: int | None = _(None, "Use only that many training rows.")
-    max_eval_samples: int | None = _(None, "Use only that many rows of each held-out split.")
-    preprocessing_num_workers: int | None = _(None, "Processes for tokenizing.")
-    seeds: list[int] = _(lambda: [0, 1, 2], "Seeds of the student; the first one is published.")
-    baselines: bool = _(True, "Also train the student alone, the control on the teacher's labels, and TF-IDF with logistic regression.")
-    cpu_threads: int | None = _(
-        None, "Threads of each process on CPU. Default: all cores, shared among processes; `accelerate launch` alone would leave one."
-    )
-    overwrite_output_dir: bool = _(False, "Start anew in an output_dir that holds another run.")
 
 
 ARGUMENTS = (TextClassificationArguments, "DistillationTrainingArguments")
@@ -79,136 +44,96 @@ ARGUMENTS = (TextClassificationArguments, "DistillationTrainingArguments")
 def main(recipe, args):
     """Runs the recipe and returns the contents of `results.json`."""
     from datasets import concatenate_datasets
-    from transformers import (
-        AutoConfig,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        BertConfig,
-        BertForSequenceClassification,
-        set_seed,
-    )
 
     if args.resume_from_checkpoint:
         raise ValueError(
             "resume_from_checkpoint is not needed: start the same command again, and arms that were killed go on where they were"
         )
-    check_keys(recipe.teacher_config, BertConfig().to_dict(), "teacher_config")
     check_keys(recipe.teacher_training, args.to_dict().keys() - {"output_dir", "push_to_hub"}, "teacher_training")
     use_cpu_threads(args, recipe.cpu_threads)
-    say = print if args.should_log else lambda *_: None
 
     # ---- Data, tokenizer, teacher: given by name, or a BERT from scratch ----
-    say("\n== Data")
-    teacher_name, student_name = recipe.teacher_model_name_or_path, recipe.model_name_or_path
     with args.main_process_first(desc="data"):
         data = load_data(recipe)
-    options = {"cache_dir": recipe.cache_dir, "trust_remote_code": recipe.trust_remote_code}
-    if teacher_name is not None:
-        names = label_config(data) if recipe.teacher_training else {}
-        teacher = hfdistill.load_teacher(teacher_name, "sequence", {**options, **names, **(args.teacher_model_init_kwargs or {})})
-        data = hfdistill.match_labels(data, teacher.config)
-    labels = label_config(data)
-    if recipe.tokenizer_name or student_name or teacher_name:
-        own = recipe.tokenizer_name or student_name or teacher_name
-        tokenizer = hfdistill.load_named_part(AutoTokenizer, own, "tokenizer", **options)
-    else:
-        with args.main_process_first(desc="tokenizer"):
-            tokenizer = hfdistill.train_wordpiece(data.vocabulary_texts, vocab_size=recipe.vocab_size, max_length=recipe.max_seq_length)
-    vocabulary = len(tokenizer)
-    if student_name is not None:
-        student_config = hfdistill.load_named_part(AutoConfig, student_name, "student", revision=recipe.model_revision, **options)
-        vocabulary = student_config.vocab_size
-    if teacher_name is not None:
-        teacher.config.id2label, teacher.config.label2id = labels["id2label"], labels["label2id"]
-        teacher_tokenizer = hfdistill.load_tokenizer(teacher_name)
-        hfdistill.resolve_vocabulary(
-            vocabulary if student_name else teacher.config.vocab_size, teacher.config.vocab_size, tokenizer, teacher_tokenizer
-        )
-    else:
-        teacher_tokenizer = tokenizer
-        sizes = {"max_position_embeddings": recipe.max_seq_length, **(recipe.teacher_config or {})}
-        set_seed(args.seed)
-        teacher = BertForSequenceClassification(BertConfig(vocab_size=vocabulary, pad_token_id=tokenizer.pad_token_id, **labels, **sizes))
+    pair = hfdistill.ModelPair(recipe, args, "sequence", label_config(data))
+    if pair.teacher is not None:
+        data = hfdistill.match_labels(data, pair.teacher.config)
+    pair.complete(data.vocabulary_texts, recipe.max_seq_length, label_config(data))
 
     sha = config_sha256((recipe, args))
-    folders = [teacher_name, student_name, recipe.tokenizer_name]
+    folders = [recipe.teacher_model_name_or_path, recipe.model_name_or_path, recipe.tokenizer_name]
     run = hfdistill.Run(args, hfdistill.run_fingerprint(sha, data.fingerprint(), folders), overwrite=recipe.overwrite_output_dir)
     headline = hfdistill.GLUE_METRICS[recipe.task_name][0] if recipe.task_name else "pearson" if data.is_regression else "accuracy"
     metric = hfdistill.load_metric("glue", recipe.task_name) if recipe.task_name else hfdistill.load_metric(headline)
 
     def encode(split):
         return hfdistill.encode_texts(
-            split, tokenizer, data.text_columns, recipe.max_seq_length, recipe.pad_to_max_length, recipe.preprocessing_num_workers
+            split, pair.tokenizer, data.text_columns, recipe.max_seq_length, recipe.pad_to_max_length, recipe.preprocessing_num_workers
         )
 
     with args.main_process_first(desc="tokenizing"):
         teacher_rows, labelled, transfer = encode(data.teacher_train), encode(data.labelled), encode(data.transfer)
         evaluation = {split: encode(rows) for split, rows in data.evaluation.items()}
     held_out = next(iter(evaluation.values()))
+    mixed = concatenate_datasets([labelled, transfer]) if len(transfer) else labelled
 
-    def trainer_for(arm, model, rows=None, teacher=None, **settings):
+    def trainer_for(model, arguments, rows=None, teacher=None):
         trainer = hfdistill.DistillationTrainer(
             model=model,
             teacher=teacher,
-            args=replace(args, output_dir=run.folder(arm), push_to_hub=False, **settings),
+            args=arguments,
             train_dataset=rows,
             eval_dataset=held_out,
-            processing_class=tokenizer,
-            teacher_processing_class=teacher_tokenizer,
+            processing_class=pair.tokenizer,
+            teacher_processing_class=pair.teacher_tokenizer,
             compute_metrics=hfdistill.metric_function(metric),
         )
         check_launch(trainer.accelerator)
         return trainer
 
+    def settings(arm, **changes):
+        return replace(args, output_dir=run.folder(arm), push_to_hub=False, **changes)
+
     alone = {"task_weight": 1.0, "objective": None, "schedules": None, **dict.fromkeys(hfdistill.TEACHER_WEIGHTS, 0.0)}
-    if teacher_name is None or recipe.teacher_training:
+    if pair.needs_teacher_training:
         run.say(f"Teacher: {len(teacher_rows)} labelled texts")
-        teacher_arm = run.finish("teacher", trainer_for("teacher", teacher, teacher_rows, **{**alone, **(recipe.teacher_training or {})}))
+        own = settings("teacher", **{**alone, **(recipe.teacher_training or {})})
+        teacher_arm = run.finish("teacher", trainer_for(pair.teacher, own, teacher_rows))
     else:
         run.say("Teacher: measured as it is")
-        teacher_arm = run.measure("teacher", trainer_for("teacher", teacher, **alone))
-    teacher = teacher_arm.model
+        teacher_arm = run.measure("teacher", trainer_for(pair.teacher, settings("teacher", **alone)))
+    pair.teacher = teacher_arm.model
     if not data.is_regression:
         hfdistill.refuse_weak_teacher(teacher_arm, recipe.allow_weak_teacher)
 
     # ---- Students: distilled; alone on the same labels; control on all labels of the teacher ----
-    layers, copied = recipe.student_layers or max(teacher.config.num_hidden_layers // 2, 1), args.layer_map
-    if copied not in ("random", "similar", "original"):
-        pairs = hfdistill.resolve_layer_map(copied, layers, teacher.config.num_hidden_layers)
-    if copied in ("random", "similar", "original") or [s for s, _ in pairs] != list(range(layers)):
-        copied = "uniform"
-        if student_name is None and recipe.student_init == "teacher":
-            run.say(f"Weights are copied by 'uniform': {args.layer_map!r} does not give each student block one teacher block")
-
-    def student(seed):
-        set_seed(seed)
-        if student_name is not None:
-            return hfdistill.load_named_part(
-                AutoModelForSequenceClassification, student_name, "student", revision=recipe.model_revision, **options, **labels
-            )
-        copy_weights = recipe.student_init == "teacher"
-        built = hfdistill.build_student(
-            teacher, layers, layer_map=copied, copy_weights=copy_weights, seed=seed, **(recipe.student_config or {})
-        )
-        if seed == recipe.seeds[0] and copy_weights:
-            run.say(f"Student from teacher: {built.copy_report}")
-        return built
-
-    mixed = concatenate_datasets([labelled, transfer]) if len(transfer) else labelled
     arms = {"alone": [], "control": [], "distilled": []}
     for seed in recipe.seeds:
         if recipe.baselines:
             run.say(f"Seed {seed}: student alone, {len(labelled)} labelled texts")
-            arms["alone"].append(run.finish(f"alone_{seed}", trainer_for(f"alone_{seed}", student(seed), labelled, seed=seed, **alone)))
+            trainer = trainer_for(pair.student(seed), settings(f"alone_{seed}", seed=seed, **alone), labelled)
+            arms["alone"].append(run.finish(f"alone_{seed}", trainer))
         if recipe.baselines and len(transfer):
             run.say(f"Seed {seed}: control, student on the teacher's {len(teacher_rows)} labelled texts")
-            arms["control"].append(
-                run.finish(f"control_{seed}", trainer_for(f"control_{seed}", student(seed), teacher_rows, seed=seed, **alone))
-            )
+            trainer = trainer_for(pair.student(seed), settings(f"control_{seed}", seed=seed, **alone), teacher_rows)
+            arms["control"].append(run.finish(f"control_{seed}", trainer))
         run.say(f"Seed {seed}: student distilled, {len(labelled)} labelled and {len(transfer)} unlabelled texts")
-        arms["distilled"].append(
-            run.finish(f"distilled_{seed}", trainer_for(f"distilled_{seed}", student(seed), mixed, teacher, seed=seed))
-        )
+        student, name = pair.student(seed, run.say if seed == recipe.seeds[0] else None), f"distilled_{seed}"
+        if recipe.stages:
+            arm = run.finish_stages(
+                name,
+                recipe.stages,
+                student,
+                seed=seed,
+                datasets={"train": mixed, "labelled": labelled, "transfer": transfer, "teacher_train": teacher_rows},
+                teachers={"teacher": pair.teacher},
+                trainer_for=trainer_for,
+                build=lambda sizes, seed=seed: pair.student(seed, **sizes),
+                metric=headline,
+            )
+        else:
+            arm = run.finish(name, trainer_for(student, settings(name, seed=seed), mixed, pair.teacher))
+        arms["distilled"].append(arm)
 
     # ---- What came out ----
     baselines = {}
@@ -216,7 +141,7 @@ def main(recipe, args):
         run.say("Baselines without a neural network")
         baselines = hfdistill.linear_baselines(data, lambda guesses, truth: metric.compute(predictions=guesses, references=truth)[headline])
     run.say("Sizes and latencies")
-    example = tokenizer.pad([held_out[0]], return_tensors="pt")
+    example = pair.tokenizer.pad([held_out[0]], return_tensors="pt")
     published = arms["distilled"][0]
     results = hfdistill.compare_arms(data.description, headline, recipe.seeds, teacher_arm, arms, example, baselines, sha)
     results["evaluation"] = {split: published.trainer.evaluate(rows) for split, rows in evaluation.items()}

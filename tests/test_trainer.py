@@ -219,3 +219,43 @@ def test_vocabulary_padding_is_cut_when_the_tokenizers_agree(tmp_path):
         assert trainer.objective.vocabulary == (None if size == families.VOCAB else families.VOCAB)
         values.append(trainer.state.log_history[0]["kd"])
     assert values[0] == pytest.approx(values[1], rel=1e-3)
+
+
+# ---- Collators that know epochs and columns of their own ----
+
+
+def test_the_collator_hears_every_epoch_and_gets_its_columns(tmp_path):
+    from datasets import Dataset as Table
+
+    class Collator:
+        columns = ["example_id"]
+
+        def __init__(self):
+            self.epoch, self.seen = None, []
+
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+        def __call__(self, rows):
+            ids = [row.pop("example_id") for row in rows]
+            self.seen.append((self.epoch, ids))
+            return pad([{key: torch.tensor(value) for key, value in row.items()} for row in rows])
+
+    batch = families.batch("bert", rows=4)
+    columns = {key: value.tolist() for key, value in batch.items()}
+    rows = Table.from_dict({**columns, "example_id": [10, 11, 12, 13], "remark": ["a"] * 4})
+
+    def train(folder, resume=None, collator=None):
+        collator = Collator()
+        options = dict(max_steps=6, per_device_train_batch_size=2, save_strategy="steps", save_steps=3)
+        run(
+            families.build("bert", 2), families.build("bert", 4, seed=1), rows, arguments(folder, **options),
+            data_collator=collator, resume=resume,
+        )  # fmt: skip
+        return [(epoch, ids) for epoch, ids in collator.seen if epoch is not None]
+
+    whole = train(tmp_path)
+    assert whole == [(epoch, ids) for epoch in range(3) for ids in ([10, 11], [12, 13])]
+    resumed = train(tmp_path, resume=str(tmp_path / "checkpoint-3"))
+    assert [entry for entry in resumed if entry in whole[3:]] == whole[3:]
+    assert {epoch for epoch, _ in resumed} == {1, 2}

@@ -13,6 +13,7 @@ from .stdlib_docs import (
     stdlib_docs_fingerprint,
 )
 from .tokenizer import train_wordpiece, vocabulary_fingerprint
+from .vocabulary import prune_tokenizer
 
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "load_stdlib_docs",
     "load_stdlib_docs_splits",
     "load_topics_paragraphs",
+    "prune_tokenizer",
     "stdlib_docs_fingerprint",
     "train_wordpiece",
     "vocabulary_fingerprint",

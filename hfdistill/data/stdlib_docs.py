@@ -82,7 +82,7 @@ def load_stdlib_docs(root: str | os.PathLike | None = None, mask_module: bool = 
     root = Path(root if root is not None else sysconfig.get_paths()["stdlib"])
     rows, seen = [], set()
     # On a terminal only: the bar is for whoever waits, and parsing takes seconds.
-    for path, module in tqdm(list(_source_files(root)), desc="Reading the standard library", leave=False, disable=None):
+    for path, module in tqdm(list(source_files(root)), desc="Reading the standard library", leave=False, disable=None):
         for text in _documentation(path, module if mask_module else None):
             key = re.sub(r"\W+", " ", text.lower())
             if len(text.split()) >= MIN_WORDS and key not in seen:
@@ -187,7 +187,8 @@ def topic_paragraphs(topics: dict[str, str]) -> list[str]:
     return list(dict.fromkeys(text for text in texts if len(text.split()) >= MIN_PARAGRAPH_WORDS))
 
 
-def _source_files(root: Path) -> Iterator[tuple[Path, str]]:
+def source_files(root: Path) -> Iterator[tuple[Path, str]]:
+    """The sources of the modules of `STDLIB_AREAS` with their top-level module, tests left out, in a fixed order."""
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = sorted(name for name in subfolders if name not in _SKIPPED_FOLDERS and not name.startswith("config-"))
         for name in sorted(files):
@@ -197,19 +198,28 @@ def _source_files(root: Path) -> Iterator[tuple[Path, str]]:
                 yield path, module
 
 
-def _documentation(path: Path, masked: str | None) -> Iterator[str]:
-    """Cleaned documentation strings of one file; none where it does not parse."""
+def parse_source(path: Path) -> ast.Module:
+    """The syntax tree of one file; an empty one where it does not parse."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in somebody else's source
-            tree = ast.parse(path.read_bytes().decode("utf-8", errors="replace"))
+            return ast.parse(path.read_bytes().decode("utf-8", errors="replace"))
     except (SyntaxError, ValueError):
-        return
-    for node in ast.walk(tree):
+        return ast.Module([], [])
+
+
+def plain_text(text: str) -> str:
+    """`text` without rulers, on one line."""
+    return " ".join(re.sub(r"[=\-~^*]{4,}", " ", text).split())
+
+
+def _documentation(path: Path, masked: str | None) -> Iterator[str]:
+    """Cleaned documentation strings of one file."""
+    for node in ast.walk(parse_source(path)):
         text = ast.get_docstring(node) if isinstance(node, _DOCUMENTED) else None
         if not text:
             continue
-        text = " ".join(re.sub(r"[=\-~^*]{4,}", " ", text).split())
+        text = plain_text(text)
         if masked is not None:
             text = re.sub(rf"\b{re.escape(masked.lstrip('_'))}\b", "module", text, flags=re.IGNORECASE)
         yield text

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
+from .splits import MISSING, Splits, first_rows, hide_labels, load_raw, relabel, train_and_evaluation, with_label_column
 from .stdlib_docs import load_stdlib_docs_splits, load_topics_paragraphs
 
 
@@ -26,41 +22,40 @@ GLUE_COLUMNS = {
 }
 """Text columns of the nine GLUE tasks."""
 
-MISSING = -100
-
 
 @dataclass
-class TextData:
-    """Splits of a text classification task, each a `datasets.Dataset` with the text columns and `label`.
+class TextData(Splits):
+    """Splits of a text classification task.
+
+    `label` is a class id, a number for regression, or for several labels a text (`is_multi_label`) one float for each of
+    `label_names`, 1.0 where the text has it. A hidden label is -100, NaN for regression, or a row of -100.0.
 
     Attributes:
-        teacher_train: what the teacher is trained on, with labels.
-        labelled: what the student has labels for.
-        transfer: texts without labels (`label` is -100, or NaN for regression), on which the student hears the teacher only.
-        evaluation: name -> held-out split; the first one is the one reported.
         text_columns: one or two column names.
-        label_names: in order of the label ids; one name for regression.
-        vocabulary_texts: what a tokenizer may be trained on; never the held-out splits.
+        label_names: one name for regression.
+        is_regression: labels are numbers.
+        is_multi_label: a text may have several labels, or none.
     """
 
-    teacher_train: Any
-    labelled: Any
-    transfer: Any
-    evaluation: dict[str, Any]
-    text_columns: tuple[str, ...]
-    label_names: list[str]
     is_regression: bool = False
-    vocabulary_texts: list[str] = field(default_factory=list)
-    description: str = ""
-    embedded: bool = False
+    is_multi_label: bool = False
 
-    def fingerprint(self) -> str:
-        """sha256 of every text and label that is used, in order."""
-        digest = hashlib.sha256(json.dumps(self.label_names).encode())
-        for split in (self.teacher_train, self.labelled, self.transfer, *self.evaluation.values()):
-            for column in (*self.text_columns, "label"):
-                digest.update(json.dumps(split[column][:]).encode())
-        return digest.hexdigest()
+    @property
+    def has_classes(self) -> bool:
+        return not self.is_regression
+
+    @property
+    def problem_type(self) -> str:
+        """What `config.problem_type` of the models must be."""
+        if self.is_regression:
+            return "regression"
+        return "multi_label_classification" if self.is_multi_label else "single_label_classification"
+
+    def renumber(self, label, number):
+        if not self.is_multi_label:
+            return number[label]
+        old = {new: i for i, new in number.items() if i != MISSING}
+        return [label[old[i]] for i in range(len(label))]
 
 
 def load_embedded(
@@ -83,12 +78,12 @@ def load_embedded(
         everything = concatenate_datasets([teacher_train, transfer])
         teacher_train, labelled, transfer = everything, everything, transfer.select([])
     texts = [*splits["teacher"]["text"], *splits["transfer"]["text"], *load_topics_paragraphs()]
-    teacher_train, labelled, transfer = (_first(split, max_train_samples) for split in (teacher_train, labelled, transfer))
+    teacher_train, labelled, transfer = (first_rows(split, max_train_samples) for split in (teacher_train, labelled, transfer))
     return TextData(
         teacher_train,
         labelled,
         transfer,
-        {"test": _first(splits["test"], max_eval_samples)},
+        {"test": first_rows(splits["test"], max_eval_samples)},
         ("text",),
         names,
         vocabulary_texts=texts,
@@ -112,126 +107,46 @@ def load_named(
 ) -> TextData:
     """A GLUE task, a Hub data set, or local csv, json or parquet files.
 
+    The label column decides the kind of task: floats are regression; lists are several labels a text, as names, as class
+    ids, or as one 0 or 1 for each label (lists of floats or bools, or of integers that are all of one length and all 0 or
+    1); anything else is one class.
+
     Args:
         files: split name (`train`, `validation`, `test`) -> file. All files must have one suffix.
-        labelled_rows: the student sees labels of that many training rows, stratified; the others become transfer text.
+        labelled_rows: the student sees labels of that many training rows (stratified where each row has one class); the
+            others become transfer text.
 
     Raises:
-        ValueError: when the data cannot be found or reached, or columns are missing.
+        ValueError: when the data cannot be found or reached, columns are missing, or labels are not of one kind.
     """
-    raw = _load(task_name, dataset_name, dataset_config_name, files, cache_dir)
-    if "train" not in raw:
-        raise ValueError(f"The data has no 'train' split, only {sorted(raw)}. Pass --train_file, or a data set with one.")
-    train = _first(raw["train"], max_train_samples)
-    evaluation = {name: split for name, split in raw.items() if name.startswith("validation")} or {
-        name: split for name, split in raw.items() if name == "test"
-    }
-    if not evaluation:
-        raise ValueError(
-            f"The data has no 'validation' or 'test' split, only {sorted(raw)}, so nothing could be measured. Pass --validation_file."
-        )
-    evaluation = {name: _first(split, max_eval_samples) for name, split in evaluation.items()}
+    if task_name is not None:
+        if task_name not in GLUE_COLUMNS:
+            raise ValueError(f"Unknown GLUE task {task_name!r}. Known: {', '.join(GLUE_COLUMNS)}.")
+        dataset_name, dataset_config_name = "nyu-mll/glue", task_name
+    raw = load_raw(dataset_name, dataset_config_name, files, cache_dir)
+    train, evaluation = train_and_evaluation(raw, max_train_samples, max_eval_samples)
     text_columns = _text_columns(task_name, text_column_names, train)
     label = label_column_name or next((name for name in ("label", "labels") if name in train.column_names), None)
     if label is None or label not in train.column_names:
         raise ValueError(
             f"The training data has no label column {label_column_name or 'label'!r}, only {train.column_names}. Pass --label_column_name."
         )
-    train, evaluation = _rename(train, label), {name: _rename(split, label) for name, split in evaluation.items()}
-    for name, split in {"train": train, **evaluation}.items():
-        for column in (*text_columns, "label"):
-            empty = sum(value is None for value in split[column])
-            if empty:
-                raise ValueError(
-                    f"{empty} of {len(split)} cells in column {label if column == 'label' else column!r} of the {name} data are empty. "
-                    "Fill them or drop these rows; for texts without a label use --labelled_rows."
-                )
-    is_regression = train.features["label"].dtype in ("float32", "float64")
-    train, evaluation, names = _encode_labels(train, evaluation, is_regression)
+    train, evaluation = with_label_column(train, evaluation, text_columns, label)
+    feature = train.features["label"]
+    is_multi_label = hasattr(feature, "feature")
+    is_regression = not is_multi_label and feature.dtype in ("float32", "float64")
+    if is_multi_label:
+        train, evaluation, names = multi_hot(train, evaluation)
+    else:
+        train, evaluation, names = _encode_labels(train, evaluation, is_regression)
     labelled, transfer = train, train.select([])
     if labelled_rows is not None and labelled_rows < len(train):
-        labelled, transfer = _hide_labels(train, labelled_rows, is_regression, seed)
+        missing = [float(MISSING)] * len(names) if is_multi_label else float("nan") if is_regression else MISSING
+        stratify = not (is_multi_label or is_regression)
+        labelled, transfer = hide_labels(train, labelled_rows, lambda label: missing, seed, stratify)
     title = f"GLUE {task_name}" if task_name else dataset_name or ", ".join(sorted(files or {}))
-    return TextData(
-        train,
-        labelled,
-        transfer,
-        evaluation,
-        text_columns,
-        names,
-        is_regression,
-        [text for column in text_columns for text in train[column]],
-        title,
-    )
-
-
-def _first(split, rows: int | None):
-    return split if rows is None else split.select(range(min(rows, len(split))))
-
-
-def match_labels(data: TextData, config) -> TextData:
-    """`data` with label ids in the order of a given teacher's `config`, compared by name (case does not matter).
-
-    Where one of the two names none of its labels, both are taken to number them alike; whether they do, the teacher's
-    accuracy shows. The names are the teacher's from then on, or the data's where the teacher has none.
-
-    Raises:
-        ValueError: when the names or their number differ.
-    """
-    if data.is_regression:
-        return data
-    names = [str(config.id2label[i]) for i in sorted(config.id2label, key=int)]
-    ours, theirs = [name.casefold() for name in data.label_names], [name.casefold() for name in names]
-    generic = any(all(re.fullmatch(r"label_\d+", name) for name in side) for side in (ours, theirs))
-    if ours == theirs or (generic and len(ours) == len(theirs)):
-        return data if all(re.fullmatch(r"label_\d+", name) for name in theirs) else replace(data, label_names=names)
-    if sorted(ours) != sorted(theirs):
-        raise ValueError(
-            f"The data has the labels {data.label_names[:6]} and the teacher {names[:6]}: its answers could not be told right from wrong. "
-            "Correct id2label in the teacher's config.json, or fine-tune it on this data (teacher_training)."
-        )
-    number = {ours.index(name): i for i, name in enumerate(theirs)} | {MISSING: MISSING}
-
-    def renumber(split):
-        return _relabel(split, [number[label] for label in split["label"]])
-
-    return replace(
-        data,
-        teacher_train=renumber(data.teacher_train),
-        labelled=renumber(data.labelled),
-        transfer=renumber(data.transfer),
-        evaluation={name: renumber(split) for name, split in data.evaluation.items()},
-        label_names=names,
-    )
-
-
-def _load(task_name, dataset_name, config_name, files, cache_dir):
-    from datasets import load_dataset
-
-    if task_name is not None:
-        if task_name not in GLUE_COLUMNS:
-            raise ValueError(f"Unknown GLUE task {task_name!r}. Known: {', '.join(GLUE_COLUMNS)}.")
-        dataset_name, config_name = "nyu-mll/glue", task_name
-    if files:
-        suffixes = {path.rsplit(".", 1)[-1].lower() for path in files.values()}
-        kind = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}.get(next(iter(suffixes)))
-        if len(suffixes) > 1 or kind is None:
-            raise ValueError(f"Data files must all be csv, tsv, json, jsonl or parquet, got {sorted(files.values())}.")
-        try:
-            return load_dataset(kind, data_files=files, cache_dir=cache_dir, **({"sep": "\t"} if suffixes == {"tsv"} else {}))
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"A data file does not exist: {str(error).splitlines()[0]}. Check the paths {sorted(files.values())}."
-            ) from error
-    try:
-        return load_dataset(dataset_name, config_name, cache_dir=cache_dir)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"The data set {dataset_name!r}{f' ({config_name})' if config_name else ''} could not be loaded from the Hub "
-            f"({type(error).__name__}: {str(error).strip().splitlines()[0][:160]}). Check the name and the network; where there is none, "
-            "download it elsewhere "
-            "(`hf download --repo-type dataset`) and pass --train_file and --validation_file, or leave both out to use the embedded data."
-        ) from error
+    texts = [text for column in text_columns for text in train[column]]
+    return TextData(train, labelled, transfer, evaluation, text_columns, names, texts, title, False, is_regression, is_multi_label)
 
 
 def _text_columns(task_name: str | None, given: list[str] | None, train) -> tuple[str, ...]:
@@ -248,17 +163,6 @@ def _text_columns(task_name: str | None, given: list[str] | None, train) -> tupl
     raise ValueError(f"Which columns hold the text? The data has {train.column_names}. Pass --text_column_names with one or two of them.")
 
 
-def _rename(split, label: str):
-    return split if label == "label" else split.rename_column(label, "label")
-
-
-def _relabel(split, labels: list):
-    """`split` with other labels, as plain numbers: a ClassLabel column would refuse -100."""
-    from datasets import Dataset
-
-    return Dataset.from_dict({**{name: split[name][:] for name in split.column_names if name != "label"}, "label": labels})
-
-
 def _encode_labels(train, evaluation, is_regression: bool):
     """Label ids 0..n-1 and their names; strings and sparse integers are numbered in sorted order."""
     feature = train.features["label"]
@@ -267,27 +171,59 @@ def _encode_labels(train, evaluation, is_regression: bool):
     if hasattr(feature, "names"):
         return train, evaluation, list(feature.names)
     values = sorted(set(train["label"]))
+    _refuse_new(values, [value for split in evaluation.values() for value in split["label"]])
     number = {value: i for i, value in enumerate(values)}
-    unknown = sorted({v for split in evaluation.values() for v in split["label"]} - set(values), key=str)
-    if unknown:
-        raise ValueError(f"The evaluation data has labels that the training data lacks: {unknown[:5]}. Correct the split.")
     if values == list(range(len(values))) and feature.dtype != "bool":
         return train, evaluation, [f"LABEL_{i}" for i in values]
 
     def encode(split):
-        return _relabel(split, [number[value] for value in split["label"]])
+        return relabel(split, [number[value] for value in split["label"]])
 
     return encode(train), {name: encode(split) for name, split in evaluation.items()}, [str(value) for value in values]
 
 
-def _hide_labels(train, labelled_rows: int, is_regression: bool, seed: int):
-    from sklearn.model_selection import train_test_split
+def multi_hot(train, evaluation: dict[str, Any]):
+    """Lists of names, of ids or of zeros and ones as rows of floats, one for each label; and the names of the labels.
 
-    rows = np.arange(len(train))
-    keep, rest = train_test_split(rows, train_size=labelled_rows, random_state=seed, stratify=None if is_regression else train["label"])
-    labelled, transfer = train.select(np.sort(keep)), train.select(np.sort(rest))
-    missing = [float("nan") if is_regression else MISSING] * len(transfer)
-    return _relabel(labelled, labelled["label"][:]), _relabel(transfer, missing)
+    Raises:
+        ValueError: for rows of zeros and ones that differ in length, other numbers in them, and labels that only the
+            evaluation data has.
+    """
+    feature = train.features["label"].feature
+    splits = {"train": train, **evaluation}
+    rows = {name: split["label"][:] for name, split in splits.items()}
+    sizes = {len(row) for own in rows.values() for row in own}
+    kind = "names" if hasattr(feature, "names") else feature.dtype
+    integers = kind.startswith(("int", "uint"))
+    both = {value for own in rows.values() for row in own for value in row} <= {0, 1} and len(sizes) == 1 and min(sizes) > 1
+    if kind.startswith("float") or kind == "bool" or (integers and both):
+        for name, own in rows.items():
+            for i, row in enumerate(own):
+                if len(row) != len(rows["train"][0]) or len(row) < 2 or not {float(value) for value in row} <= {0.0, 1.0}:
+                    raise ValueError(
+                        f"Row {i} of the {name} data has the labels {row[:6]}, where row 0 of the training data has "
+                        f"{len(rows['train'][0])} numbers: each row must say 0 or 1 for each label. "
+                        "Correct it, or give lists of label names."
+                    )
+        encoded, names = rows, [f"LABEL_{i}" for i in range(len(rows["train"][0]))]
+    else:
+        values = list(range(len(feature.names))) if kind == "names" else sorted({value for row in rows["train"] for value in row})
+        _refuse_new(values, [value for name in evaluation for row in rows[name] for value in row])
+        if len(values) < 2:
+            raise ValueError(
+                f"The label column holds lists with {len(values)} different labels {values}, so there is nothing to tell apart. "
+                "Pass another --label_column_name, or data with two labels at least."
+            )
+        names = list(feature.names) if kind == "names" else [f"LABEL_{value}" if integers else str(value) for value in values]
+        encoded = {name: [[value in row for value in values] for row in own] for name, own in rows.items()}
+    changed = {name: relabel(split, [[float(value) for value in row] for row in encoded[name]]) for name, split in splits.items()}
+    return changed.pop("train"), changed, names
+
+
+def _refuse_new(known: list, values: list) -> None:
+    unknown = sorted(set(values) - set(known), key=str)
+    if unknown:
+        raise ValueError(f"The evaluation data has labels that the training data lacks: {unknown[:5]}. Correct the split.")
 
 
 def encode_texts(split, tokenizer, text_columns, max_seq_length: int | None = None, pad_to_max_length: bool = False, num_proc=None):

@@ -1,11 +1,15 @@
-"""The losses, by topic: `task` (hard labels), `logits`, `hidden`, `attention`. They know tensors, and no model."""
+"""The losses, by topic: `task` (hard labels), `logits`, `hidden`, `patient`, `attention`, `relation`. They know tensors, and no model."""
 
 from __future__ import annotations
 
 from .attention import AttentionKLLoss, AttentionMSELoss, AttentionScoreMSELoss
 from .base import DistillationLoss, LossValue
-from .hidden import CosineLoss, EmbeddingMSELoss, HiddenMSELoss
+from .hidden import CosineLoss, EmbeddingMSELoss, HiddenMomentsLoss, HiddenMSELoss, NormalizedHiddenMSELoss
 from .logits import BinarySoftTargetsLoss, LogitMSELoss, RegressionMSELoss, SoftTargetsLoss
+from .pairs import ContrastivePairsLoss
+from .patient import PatientLoss
+from .relation import RelationKLLoss
+from .spans import TaskSpanLoss
 from .task import TASK_LOSSES, TaskBinaryCrossEntropyLoss, TaskCrossEntropyLoss, TaskLoss, TaskSquaredErrorLoss
 
 
@@ -20,6 +24,10 @@ LOSSES: dict[str, type[DistillationLoss]] = {
     "attention_score_mse": AttentionScoreMSELoss,
     "attention_kl": AttentionKLLoss,
     "attention_mse": AttentionMSELoss,
+    "relation_kl": RelationKLLoss,
+    "patient": PatientLoss,
+    "normalized_hidden_mse": NormalizedHiddenMSELoss,
+    "hidden_moments": HiddenMomentsLoss,
 }
 """Name in arguments and YAML -> distillation loss."""
 
@@ -30,16 +38,22 @@ __all__ = [
     "AttentionMSELoss",
     "AttentionScoreMSELoss",
     "BinarySoftTargetsLoss",
+    "ContrastivePairsLoss",
     "CosineLoss",
     "DistillationLoss",
     "EmbeddingMSELoss",
     "HiddenMSELoss",
+    "HiddenMomentsLoss",
     "LogitMSELoss",
     "LossValue",
+    "NormalizedHiddenMSELoss",
+    "PatientLoss",
     "RegressionMSELoss",
+    "RelationKLLoss",
     "SoftTargetsLoss",
     "TaskBinaryCrossEntropyLoss",
     "TaskCrossEntropyLoss",
     "TaskLoss",
+    "TaskSpanLoss",
     "TaskSquaredErrorLoss",
 ]

@@ -9,10 +9,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
 
 from .base import DistillationLoss, LossValue
-from .masking import check_mask
+from .masking import check_mask, log_softmax_over
 
 
 class _AttentionLoss(DistillationLoss):
@@ -57,9 +56,7 @@ class _AttentionLoss(DistillationLoss):
 
     def log_probabilities(self, scores: Tensor, mask: Tensor) -> Tensor:
         """Log-softmax over the valid keys of each query, with heads averaged (as probabilities) if asked; 0 at all other pairs."""
-        # a row of nothing but -inf has a NaN softmax and a NaN gradient, so rows without a valid key get zeros instead
-        excluded = torch.where(mask.any(-1, keepdim=True), float("-inf"), 0.0).to(scores.dtype)
-        log_probs = torch.where(mask, log_softmax(torch.where(mask, scores, excluded), dim=-1), 0)
+        log_probs = log_softmax_over(scores, mask)
         if self.heads == "mean":
             log_probs = log_probs.logsumexp(1, keepdim=True) - math.log(scores.size(1))
         return log_probs

@@ -35,8 +35,13 @@ class DistillationLoss(nn.Module):
 
     signal: ClassVar[str] = "logits"
     """Which field of `Signals` it compares: one of `hfdistill.signals.SIGNALS`."""
+    signals: ClassVar[tuple[str, ...] | None] = None
+    """Every signal it can compare, for losses that would make no sense of some; `None` says nothing."""
     unit: ClassVar[str] = "rows"
-    """What `count` counts: `rows` (positions where `mask` is True) or `pairs` (query-key pairs)."""
+    """What `count` counts: `rows` (positions where `mask` is True), `pairs` (query-key pairs) or `sequences` (samples with at least
+    one real token)."""
+    compares_widths: ClassVar[bool] = True
+    """Whether it needs both sides of one width. Where not, no adapter is made for it."""
     scheduled: ClassVar[tuple[str, ...]] = ()
     """Names of float attributes that may follow a schedule; `forward` takes them as keywords."""
 
@@ -49,6 +54,9 @@ class DistillationLoss(nn.Module):
 
     def compute(self, student: Tensor, teacher: Tensor, mask: Tensor | None, **scheduled: float) -> LossValue:
         raise NotImplementedError(f"{type(self).__name__} must implement compute")
+
+    def check_widths(self, student: int, teacher: int) -> None:
+        """Raises `ValueError` for widths it cannot compare; called once before training."""
 
 
 def raise_precision(tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from numbers import Real
 
+import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, logsigmoid
 
@@ -29,7 +30,8 @@ class SoftTargetsLoss(DistillationLoss):
     r"""Kullback-Leibler divergence from the softened student to the softened teacher, times T².
 
     `T² · sum over rows of KL(softmax(t/T) || softmax(s/T))`, [Hinton et al. 2015](https://huggingface.co/papers/1503.02531).
-    A row sums over classes and is never averaged over them, so the weight does not change with the label count.
+    A row sums over classes and is never averaged over them, so the weight does not change with the label count. A class at -inf
+    in both models (padding, where positions are the classes) is not there.
 
     Zero when `s - t` is constant in each row, otherwise positive. T² keeps the gradient of the same order for every T; for
     T → infinity the loss tends to half the mean over classes of the squared difference of centred logits.
@@ -143,6 +145,8 @@ class LogitMSELoss(DistillationLoss):
     Zero when equal. It also copies the constant that a softmax ignores, unless `centered`, which is twice the limit of
     [`SoftTargetsLoss`] for T → infinity. There is no temperature: it would only shrink the gradient by T².
 
+    A class at -inf in both models (padding, where positions are the classes) is not there: the means are over the others.
+
     Args:
         centered (`bool`, defaults to `False`): subtract the mean over classes from each row of both sides first.
 
@@ -162,7 +166,10 @@ class LogitMSELoss(DistillationLoss):
     def compute(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> LossValue:
         check_same_shape(student, teacher, _SAME_LOGITS)
         check_mask(mask, student.shape[:-1])
-        difference = select_rows(student, mask) - select_rows(teacher, mask)
+        student, teacher = select_rows(student, mask), select_rows(teacher, mask)
+        absent = (student == float("-inf")) & (teacher == float("-inf"))
+        classes = (~absent).sum(-1, keepdim=True).clamp(min=1)
+        difference = torch.where(absent, 0, student - teacher)
         if self.centered:
-            difference = difference - difference.mean(-1, keepdim=True)
-        return LossValue(*sum_rows(difference.square().mean(-1), mask))
+            difference = torch.where(absent, 0, difference - difference.sum(-1, keepdim=True) / classes)
+        return LossValue(*sum_rows(difference.square().sum(-1) / classes.squeeze(-1), mask))

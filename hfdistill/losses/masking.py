@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import log_softmax
 
 
 def check_same_shape(student: Tensor, teacher: Tensor, cure: str) -> None:
@@ -16,6 +17,15 @@ def check_same_shape(student: Tensor, teacher: Tensor, cure: str) -> None:
     if student.shape != teacher.shape:
         raise ValueError(
             f"student has shape {tuple(student.shape)} and teacher {tuple(teacher.shape)}: they cannot be compared entry by entry. {cure}"
+        )
+
+
+def check_same_rows(student: Tensor, teacher: Tensor) -> None:
+    """Raises `ValueError` unless both have the same shape but for the last axis."""
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            f"student has shape {tuple(student.shape)} and teacher {tuple(teacher.shape)}: only the last axis, the width, may differ, so "
+            "their rows are not the same tokens. Feed both models the same token ids."
         )
 
 
@@ -42,6 +52,13 @@ def sum_rows(rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     if mask is None:
         return rows.sum(), torch.full((), rows.numel(), dtype=torch.long, device=rows.device)
     return torch.where(mask, rows, 0).sum(), mask.sum()
+
+
+def log_softmax_over(scores: Tensor, mask: Tensor) -> Tensor:
+    """Log-softmax over the entries of the last axis where `mask` is True; 0 at all others."""
+    # a row of nothing but -inf has a NaN softmax and a NaN gradient, so rows without a valid entry get zeros instead
+    excluded = torch.where(mask.any(-1, keepdim=True), float("-inf"), 0.0).to(scores.dtype)
+    return torch.where(mask, log_softmax(torch.where(mask, scores, excluded), dim=-1), 0)
 
 
 def relative_entropy(student_log: Tensor, teacher_log: Tensor) -> Tensor:

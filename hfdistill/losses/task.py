@@ -83,13 +83,12 @@ class TaskCrossEntropyLoss(TaskLoss):
         present = labels != self.ignore_index
         if labels.device.type == "cpu":
             self._check_range(labels[present], classes)
-        rows = cross_entropy(
-            select_rows(logits, present).reshape(-1, classes),
-            torch.where(present, labels, 0).reshape(-1),
-            reduction="none",
-            label_smoothing=self.label_smoothing,
-        )
+        rows = self.rows(select_rows(logits, present).reshape(-1, classes), torch.where(present, labels, 0).reshape(-1))
         return LossValue(*sum_rows(rows, present.reshape(-1)))
+
+    def rows(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of each row: `(rows, classes)` and `(rows,)` -> `(rows,)`."""
+        return cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
 
     def _check_range(self, labels: Tensor, classes: int) -> None:
         outside = labels[(labels < 0) | (labels >= classes)]

@@ -43,7 +43,17 @@ class Accuracy(LocalMetric):
 
 
 class F1(LocalMetric):
-    """Harmonic mean of precision and recall: `{"f1": ...}`. `average="macro"` and others as in scikit-learn."""
+    """Harmonic mean of precision and recall: `{"f1": ...}`. `average="macro"` and others as in scikit-learn.
+
+    With `config_name="multilabel"` each prediction and reference is a row of one 0 or 1 for each label, as in `evaluate`; name
+    an `average` then.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        info = super()._info()
+        if self.config_name == "multilabel":
+            info.features = datasets.Features(dict.fromkeys(info.features, datasets.Sequence(datasets.Value(self.dtype))))
+        return info
 
     def _compute(self, predictions, references, labels=None, pos_label=1, average="binary", sample_weight=None):
         score = f1_score(references, predictions, labels=labels, pos_label=pos_label, average=average, sample_weight=sample_weight)
@@ -75,6 +85,50 @@ class Spearman(LocalMetric):
         return {"spearmanr": _correlation(stats.spearmanr, predictions, references)}
 
 
+class TokenF1(LocalMetric):
+    """F1 of single tokens over the labels that mean something: `{"token_f1": ..., "token_macro_f1": ..., "accuracy": ...}`.
+
+    `labels` are the ids that count, all but that of `O` (default: all but 0). `token_f1` is their micro average,
+    `token_macro_f1` the mean over those of them that occur; `accuracy` is over all labels. Texts are mostly `O`, so that
+    accuracy hardly tells a good model from one that answers `O` always, whose F1 is 0.
+    """
+
+    def _compute(self, predictions, references, labels=None):
+        seen = sorted({*references.tolist(), *predictions.tolist()})
+        counted = [label for label in seen if (label != 0 if labels is None else label in labels)]
+        options = {"labels": counted, "zero_division": 0.0}
+        return {
+            "token_f1": float(f1_score(references, predictions, average="micro", **options)) if counted else 0.0,
+            "token_macro_f1": float(f1_score(references, predictions, average="macro", **options)) if counted else 0.0,
+            "accuracy": float(accuracy_score(references, predictions)),
+        }
+
+
+class SpanF1(LocalMetric):
+    """Whole entities, right in both ends and in type: `{"span_f1": ..., "span_precision": ..., "span_recall": ..., "accuracy": ...}`.
+
+    The overall `f1`, `precision`, `recall` and (per token) `accuracy` of `run_ner.py`, that is of seqeval in its default mode.
+    Predictions and references are rows of label names such as `B-PER`, `I-PER`, `O`.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        info = super()._info()
+        info.features = datasets.Features(dict.fromkeys(info.features, datasets.Sequence(datasets.Value("string"))))
+        return info
+
+    def _compute(self, predictions, references):
+        from seqeval import metrics
+
+        rows = [list(map(str, row)) for row in references], [list(map(str, row)) for row in predictions]
+        options = {"zero_division": 0}
+        return {
+            "span_f1": float(metrics.f1_score(*rows, **options)),
+            "span_precision": float(metrics.precision_score(*rows, **options)),
+            "span_recall": float(metrics.recall_score(*rows, **options)),
+            "accuracy": float(metrics.accuracy_score(*rows)),
+        }
+
+
 class Glue(LocalMetric):
     """The official metrics of one GLUE task, named by `config_name`: the numbers of `evaluate.load("glue", task)`."""
 
@@ -97,6 +151,8 @@ LOCAL_METRICS = {
     "matthews_correlation": MatthewsCorrelation,
     "pearson": Pearson,
     "spearmanr": Spearman,
+    "token_f1": TokenF1,
+    "span_f1": SpanF1,
     "glue": Glue,
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..suggest import did_you_mean
 
@@ -38,7 +38,19 @@ def no_adapter(student_width: int, teacher_width: int) -> nn.Identity:
     return nn.Identity()
 
 
-ADAPTERS = {"auto": auto_adapter, "linear": linear_adapter, "mlp": mlp_adapter, "none": no_adapter}
+class SharedAdapter(nn.Module):
+    """One user of an adapter that several terms or layers share; the adapter itself is a parameter of its owner only."""
+
+    def __init__(self, adapter: nn.Module):
+        super().__init__()
+        self._adapter = (adapter,)  # in a tuple, so that it is not registered, saved and counted once more
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self._adapter[0](features)
+
+
+# `shared` is one linear map for all layers and terms of equal widths (TinyBERT's code); `build_objective` hands out the same one.
+ADAPTERS = {"auto": auto_adapter, "linear": linear_adapter, "shared": linear_adapter, "mlp": mlp_adapter, "none": no_adapter}
 
 
 def build_adapter(kind: str | nn.Module, student_width: int, teacher_width: int) -> nn.Module:

@@ -153,6 +153,14 @@ def task_of(model: nn.Module) -> str:
     return "other"
 
 
+def is_base_model(model: nn.Module) -> bool:
+    """Whether it is a Transformers model without a head (`BertModel`), whose task is `other` and which gives hidden states only."""
+    names = _names(auto.MODEL_MAPPING_NAMES)
+    return task_of(model) == "other" and any(
+        cls.__name__ in names and cls.__module__.startswith("transformers.") for cls in type(unwrap_peft(model)).__mro__
+    )
+
+
 def problem_type_of(model: nn.Module, labels_dtype: torch.dtype | None = None) -> str:
     """The kind of labels a sequence classifier is trained on, by the rule of Transformers.
 

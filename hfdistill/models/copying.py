@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..suggest import did_you_mean
 from .anatomy import find_blocks
 from .layer_map import resolve_layer_map
+from .vocabulary import vocabulary_rows
 from .width import WIDTHS, Selection, Sizes, axes_of, check_narrower
 
 
@@ -96,8 +97,8 @@ def one_to_one(layer_map: Any, depth: int, teacher_depth: int, seed: int = 0) ->
 
 
 @torch.no_grad()
-def copy_by_layers(student: nn.Module, teacher: nn.Module, layers: list[int], width: str) -> CopyReport:
-    """Copies what fits: student block `k` from teacher block `layers[k]`, everything else by name."""
+def copy_by_layers(student: nn.Module, teacher: nn.Module, layers: list[int], width: str, kept: list[int] | None = None) -> CopyReport:
+    """Copies what fits: student block `k` from teacher block `layers[k]`, everything else by name, the rows of `kept` tokens only."""
     ours, theirs = Sizes.of(getattr(student, "config", None)), Sizes.of(getattr(teacher, "config", None))
     s_blocks, t_blocks = find_blocks(student), find_blocks(teacher)
     # Where blocks share their weights there is nothing to choose: the modules themselves correspond.
@@ -105,6 +106,10 @@ def copy_by_layers(student: nn.Module, teacher: nn.Module, layers: list[int], wi
     s_path, t_path = (_plain(f"{b.path}." if b.path else "", m) for b, m in ((s_blocks, student), (t_blocks, teacher)))
     sources = {_plain(name, teacher): p for name, p in teacher.named_parameters(remove_duplicate=False)}
     targets = {_plain(name, student): p for name, p in student.named_parameters()}
+    original_id = {name: id(p) for name, p in sources.items()}
+    if kept is not None:
+        rows = vocabulary_rows(teacher, kept)
+        sources = {name: rows.get(id(p), p) for name, p in sources.items()}
 
     selection = None
     if ours != theirs and ours.hidden is not None and theirs.hidden is not None:
@@ -125,8 +130,10 @@ def copy_by_layers(student: nn.Module, teacher: nn.Module, layers: list[int], wi
         source_name, inside, block = _source(name, s_path, t_path, modules)
         source, kind = sources.get(source_name), "random"
         if source is not None:
-            used.add(id(source))
+            used.add(original_id[source_name])
             kind = _fill(target, source, inside, block, t_blocks.modules[modules[block]] if block is not None else None, selection)
+            if kind == "copied" and id(source) != original_id[source_name]:
+                kind = "sliced"
         numbers[kind] += target.numel()
         if kind == "random":
             names_random.append(original[id(target)])

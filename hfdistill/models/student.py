@@ -6,7 +6,7 @@ import copy
 import inspect
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..suggest import did_you_mean
 from .anatomy import Blocks, find_blocks, text_config
 from .copying import CopyReport, copy_by_layers, copy_weights, one_to_one, refuse_peft
 from .similarity import representative_blocks
+from .vocabulary import renumber_token_ids, resolve_kept
 from .width import WIDTHS, Sizes, check_narrower, intermediate_name
 
 
@@ -40,14 +41,16 @@ def build_student(
     layer_map: Any = "uniform",
     width: str = "slice",
     copy_weights: bool = True,
+    vocabulary: Iterable[int] | None = None,
     calibration_batch: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     **config_overrides: Any,
 ) -> PreTrainedModel:
     """Builds a smaller model of the teacher's class, with the teacher's weights where they fit.
 
-    Vocabulary and labels stay the teacher's. `student.config.distilled_from` records the teacher and the teacher block of
-    each student block (`layer_map="original"` finds it there); `student.copy_report` is a [`CopyReport`].
+    Labels stay the teacher's, and the vocabulary unless `vocabulary` cuts it. `student.config.distilled_from` records the
+    teacher and the teacher block of each student block (`layer_map="original"` finds it there); `student.copy_report` is a
+    [`CopyReport`].
 
     Args:
         teacher (`PreTrainedModel`): any encoder or decoder; it is not changed.
@@ -60,6 +63,9 @@ def build_student(
         width (`str`): which units a narrower student keeps: `"slice"` the first, `"norm"` those with the largest L2 norm.
             See [`~hfdistill.models.width.Selection`].
         copy_weights (`bool`): `False` leaves all weights at random.
+        vocabulary (iterable of `int`, *optional*): teacher ids of the tokens the student keeps, in the order of its own ids, from
+            `prune_tokenizer`. Embeddings, output head and special-token ids follow. A student of full size then has the teacher's
+            hidden states, and its logits at the kept tokens, for every text whose tokens are all kept.
         calibration_batch (`Mapping`, *optional*): inputs of the teacher, for `layer_map="similar"`.
         seed (`int`): for weights left at random and for `layer_map="random"`. The global generator is not touched.
         config_overrides: any further entries of the config, such as `embedding_size` or `hidden_dropout_prob`.
@@ -97,6 +103,8 @@ def build_student(
         sizes[aliases[name]] = config_overrides.pop(name)
     sizes = {name: size for name, size in sizes.items() if size is not None}
     config = _student_config(teacher.config, blocks, sizes, config_overrides)
+    generation_config = copy.deepcopy(getattr(teacher, "generation_config", None))
+    kept = None if vocabulary is None else _cut_vocabulary(config, generation_config, teacher, vocabulary, config_overrides)
     ours, theirs = Sizes.of(config), Sizes.of(teacher.config)
     if copy_weights:
         check_narrower(ours, theirs)
@@ -114,6 +122,10 @@ def build_student(
         "layers": layers if copy_weights else None,
         "width": None if not copy_weights else "same" if ours == theirs else width,
     }
+    earlier = (getattr(teacher.config, "distilled_from", None) or {}).get("vocabulary")  # of a teacher that was cut itself
+    if kept is not None or earlier:
+        of = earlier["of"] if earlier else teacher.config.vocab_size
+        config.distilled_from["vocabulary"] = {"kept": config.vocab_size, "of": of}
     config._name_or_path = ""
 
     # fork_rng with the CUDA devices left out, and the CPU generator alone seeded: no device is touched.
@@ -129,10 +141,10 @@ def build_student(
             f"num_hidden_layers={depth} was asked for, but {type(teacher).__name__} built {built} blocks: its depth is set by other config "
             "entries. Build the student from its config and use copy_weights."
         )
-    if getattr(teacher, "generation_config", None) is not None:
-        student.generation_config = copy.deepcopy(teacher.generation_config)
+    if generation_config is not None:
+        student.generation_config = generation_config
     if copy_weights:
-        student.copy_report = copy_by_layers(student, teacher, layers, width)
+        student.copy_report = copy_by_layers(student, teacher, layers, width, kept)
         logger.info("%s from %s: %s", type(student).__name__, config.distilled_from["name_or_path"] or "teacher", student.copy_report)
     else:
         names = [name for name, _ in student.named_parameters()]
@@ -188,6 +200,20 @@ def _student_config(teacher_config: Any, blocks: Blocks, sizes: dict[str, int], 
         config.num_hidden_groups = config.num_hidden_layers  # one block a group stays one block a group
     _check_heads(config, Sizes.of(teacher_config), sizes)
     return config
+
+
+def _cut_vocabulary(config: Any, generation_config: Any, teacher: Any, vocabulary: Iterable[int], overrides: dict[str, Any]) -> list[int]:
+    if "vocab_size" in overrides:
+        raise ValueError(
+            f"vocabulary names the rows to keep and vocab_size={overrides['vocab_size']} their number: give one of them. Without "
+            "vocabulary, the rows of another vocab_size are left at random."
+        )
+    kept = resolve_kept(vocabulary, teacher)
+    config.vocab_size = len(kept)
+    for entry in (config, generation_config):
+        if entry is not None:
+            renumber_token_ids(entry, kept, teacher.config.vocab_size)
+    return kept
 
 
 def _check_heads(config: Any, teacher: Sizes, sizes: dict[str, int]) -> None:

@@ -27,6 +27,7 @@ class FrozenTeacher:
         dtype (`torch.dtype`, *optional*): what its weights are cast to; `None` keeps their own.
         batch_size (`int`, *optional*): rows per forward pass; larger batches are cut and put together again.
         autocast: a callable giving the context of the forward pass, such as `accelerator.autocast`.
+        pooling (`str`, *optional*): of its `pooled` signal, where it differs from that of the arguments; see [`Capture`].
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class FrozenTeacher:
         dtype: torch.dtype | None = None,
         batch_size: int | None = None,
         autocast: Callable | None = None,
+        pooling: str | None = None,
     ):
         if model.training:
             logger.warning(
@@ -49,7 +51,7 @@ class FrozenTeacher:
             self.model.to(device=device, dtype=dtype)
         self.batch_size = batch_size
         self.autocast = autocast or nullcontext
-        self.capture = Capture(self.model, "teacher")
+        self.capture = Capture(self.model, "teacher", pooling)
 
     @property
     def columns(self) -> list[str]:

@@ -10,8 +10,10 @@ AUTO_CLASSES = {
     "sequence": "AutoModelForSequenceClassification",
     "image": "AutoModelForImageClassification",
     "token": "AutoModelForTokenClassification",
+    "question_answering": "AutoModelForQuestionAnswering",
     "masked_lm": "AutoModelForMaskedLM",
     "causal_lm": "AutoModelForCausalLM",
+    "base": "AutoModel",
 }
 
 

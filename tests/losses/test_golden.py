@@ -18,7 +18,10 @@ from hfdistill.losses import (
     EmbeddingMSELoss,
     HiddenMSELoss,
     LogitMSELoss,
+    NormalizedHiddenMSELoss,
+    PatientLoss,
     RegressionMSELoss,
+    RelationKLLoss,
     SoftTargetsLoss,
     TaskBinaryCrossEntropyLoss,
     TaskCrossEntropyLoss,
@@ -36,6 +39,8 @@ y = torch.tensor([0, 1, 2, 3, 4, 0])
 hs, ht, ht8 = g((3, 7, 8), 0.43), g((3, 7, 12), 0.29, 0.3), g((3, 7, 8), 0.29, 0.3)
 projection, bias = 0.3 * g((12, 8), 0.21), 0.1 * g((12,), 0.4)
 sq, tq = 2 * g((3, 4, 7, 7), 0.57), 2 * g((3, 4, 7, 7), 0.39, 0.2)
+student_qkv = [g((3, 7, 8), a) for a in (0.61, 0.67, 0.73)]
+teacher_qkv = [g((3, 7, 12), a, 0.1) for a in (0.47, 0.53, 0.59)]
 tokens = torch.arange(7)[None, :] < torch.tensor([7, 5, 3])[:, None]
 valid_pairs = tokens[:, None, :, None] & tokens[:, None, None, :]
 
@@ -48,6 +53,10 @@ def entropy(temperature):
 def binary_entropy(temperature):
     q = (zt / temperature).sigmoid()
     return -(q * q.log() + (1 - q) * (1 - q).log()).mean().item()
+
+
+def relation(heads, which):
+    return RelationKLLoss(heads)(student_qkv[which], teacher_qkv[which], tokens)
 
 
 def test_generator():
@@ -76,6 +85,13 @@ GOLDEN = {
     "attention score MSE": (lambda: AttentionScoreMSELoss()(sq, tq, valid_pairs), 8.25721615286),
     "attention KL": (lambda: AttentionKLLoss()(sq, tq, valid_pairs), 1.44703002967),
     "attention MSE": (lambda: AttentionMSELoss()(sq, tq, valid_pairs), 0.07389543814),
+    "PKD CLS, sum": (lambda: PatientLoss()(hs, ht8, tokens), 2.22891854351),
+    "PKD CLS, mean": (lambda: PatientLoss(width_reduction="mean")(hs, ht8, tokens), 0.278614817938),
+    "LN feature MSE": (lambda: NormalizedHiddenMSELoss()(hs, ht8, tokens), 1.89024010865),
+    "MiniLMv2 QQ": (lambda: relation(4, 0), 0.722922854976),
+    "MiniLMv2 KK": (lambda: relation(4, 1), 0.560528823742),
+    "MiniLMv2 VV": (lambda: relation(4, 2), 0.284548727637),
+    "value relation A_r=2": (lambda: relation(2, 2), 0.193307947871),
     "CE": (lambda: TaskCrossEntropyLoss()(zs, y), 2.44822487844),
 }
 
@@ -95,6 +111,7 @@ def test_golden(name):
         ("BCE T=1", lambda: BinarySoftTargetsLoss(1.0)(zs, zt).mean.item() + binary_entropy(1), 1.13754339179),
         ("BCE T=2", lambda: BinarySoftTargetsLoss(2.0)(zs, zt).mean.item() + 4 * binary_entropy(2), 3.30555392384),
         ("hard BCE on soft labels", lambda: TaskBinaryCrossEntropyLoss()(zs, zt.sigmoid()).mean.item(), 1.13754339179),
+        ("MiniLMv2 sum", lambda: sum(relation(4, which).mean.item() for which in range(3)), 1.56800040635),
         ("DML peer 1", lambda: (TaskCrossEntropyLoss()(zs, y).mean + SoftTargetsLoss(1.0)(zs, zt).mean).item(), 4.07046933316),
         ("DML peer 2", lambda: (TaskCrossEntropyLoss()(zt, y).mean + SoftTargetsLoss(1.0)(zt, zs).mean).item(), 4.99472448012),
     ],

@@ -16,8 +16,10 @@ from hfdistill.losses import (
     AttentionScoreMSELoss,
     BinarySoftTargetsLoss,
     CosineLoss,
+    HiddenMomentsLoss,
     HiddenMSELoss,
     LogitMSELoss,
+    NormalizedHiddenMSELoss,
     RegressionMSELoss,
     SoftTargetsLoss,
     TaskBinaryCrossEntropyLoss,
@@ -81,6 +83,15 @@ def binary_soft_targets(T):
     return row
 
 
+def normalized(s, t):
+    return squared(*((x - math.fsum(x) / len(x)) / math.sqrt(np.var(x)) for x in (s, t)))
+
+
+def moments(s, t):
+    (a, b), (x, z) = ((math.fsum(v) / len(v), math.fsum(v * v) / len(v)) for v in (s, t))
+    return 3 * (a - x) ** 2 + 0.5 * abs((b - a * a) - (z - x * x))
+
+
 ROWS = {
     "soft targets 1": (SoftTargetsLoss(1.0), soft_targets(1.0)),
     "soft targets 3": (SoftTargetsLoss(3.0), soft_targets(3.0)),
@@ -90,6 +101,8 @@ ROWS = {
     "logits centred": (LogitMSELoss(centered=True), lambda s, t: np.var(s - t)),
     "regression": (RegressionMSELoss(), squared),
     "hidden": (HiddenMSELoss(), squared),
+    "normalized hidden": (NormalizedHiddenMSELoss(), normalized),
+    "hidden moments": (HiddenMomentsLoss(3.0, 0.5), moments),
     "cosine": (CosineLoss(), lambda s, t: 1 - math.fsum(s * t) / math.sqrt(math.fsum(s * s) * math.fsum(t * t))),
 }
 
@@ -256,6 +269,30 @@ def test_cosine_ignores_scale_and_ranges_from_zero_to_two():
     rows = s.shape[0] * s.shape[1]
     assert CosineLoss()(s * 7, s / 3).total < 1e-12
     assert CosineLoss()(s, -2 * s).total.item() == pytest.approx(2 * rows)
+
+
+def test_normalized_hidden_states_ignore_an_affine_change_of_each_token_and_the_moments_see_it():
+    _, (student, teacher) = ragged(0, 6, 6)
+    s, t = torch.from_numpy(student), torch.from_numpy(teacher)
+    scale, shift = torch.rand(2, *s.shape[:2], 1, dtype=s.dtype) + 0.5
+    torch.testing.assert_close(NormalizedHiddenMSELoss()(scale * s + shift, t).total, NormalizedHiddenMSELoss()(s, t).total)
+    assert NormalizedHiddenMSELoss()(scale * s + shift, s).total < 1e-15
+    rows = (3 * ((scale - 1) * s.mean(-1, keepdim=True) + shift) ** 2 + 0.5 * (scale**2 - 1).abs() * s.var(-1, False, keepdim=True)).sum()
+    torch.testing.assert_close(HiddenMomentsLoss(3.0, 0.5)(scale * s + shift, s).total, rows)
+
+
+def test_moments_are_those_of_mobilebert_by_default():
+    """A student shifted by 0.1: 5000 * 0.01; twice the teacher with variance 1: 5 * 3."""
+    t = torch.tensor([[1.0, -1.0]], dtype=torch.float64)
+    assert HiddenMomentsLoss()(t + 0.1, t).total.item() == pytest.approx(50)
+    assert HiddenMomentsLoss()(2 * t, t).total.item() == pytest.approx(15)
+
+
+def test_a_constant_vector_has_no_direction_and_no_gradient():
+    s = torch.tensor([[3.0, 3.0], [2.0, 4.0]], requires_grad=True)
+    value = NormalizedHiddenMSELoss()(s, torch.tensor([[1.0, 2.0], [5.0, 5.0]]))
+    (gradient,) = torch.autograd.grad(value.total, s)
+    assert value.total.item() == pytest.approx(2.0) and gradient[0].tolist() == [0.0, 0.0] and torch.isfinite(gradient).all()
 
 
 def test_a_zero_vector_has_cosine_zero_and_no_gradient():

@@ -62,9 +62,9 @@ def test_none_refuses_unequal_widths():
 
 @pytest.mark.parametrize("kind", ["linaer", None, 3])
 def test_unknown_kind_lists_what_there_is(kind):
-    with pytest.raises(ValueError, match=f"Unknown adapter {kind!r}.*auto, linear, mlp, none"):
+    with pytest.raises(ValueError, match=f"Unknown adapter {kind!r}.*auto, linear, shared, mlp, none"):
         build_adapter(kind, 3, 5)
-    assert list(ADAPTERS) == ["auto", "linear", "mlp", "none"]
+    assert list(ADAPTERS) == ["auto", "linear", "shared", "mlp", "none"]
 
 
 def test_unknown_kind_suggests_the_nearest():

@@ -1,0 +1,150 @@
+"""What each part of a recipe is worth: the recipe again, with one part left out at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .arguments import WEIGHTS
+from .plots import plot_variants
+from .redaction import shareable
+from .report import print_table, results_table, summarise
+from .suggest import did_you_mean
+
+
+FULL = "full"
+_KEYS = ("recipe", "config", "output_dir", "teachers", "variants")
+
+
+def load_ablation(path: str | os.PathLike) -> dict[str, Any]:
+    """An ablation from YAML.
+
+    Keys: `recipe` (name of a file in `recipes/`), `config` (its YAML), `output_dir`, `variants` (name -> changes, see
+    [`changed_settings`]), and optionally `teachers`: arguments of the recipe that name a teacher -> folder below the output of the
+    full run, so that all variants learn from the same one.
+
+    Raises:
+        ValueError: for missing and unknown keys.
+    """
+    settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    for key in settings:
+        if key not in _KEYS:
+            raise ValueError(f"unknown key {key!r} in {path}.{did_you_mean(key, _KEYS)}")
+    missing = [key for key in _KEYS if key not in settings and key != "teachers"]
+    if missing:
+        raise ValueError(f"{path} has no {missing[0]!r}. An ablation needs {', '.join(_KEYS)} (teachers may be left out).")
+    if FULL in settings["variants"]:
+        raise ValueError(f"{path} has a variant called {FULL!r}: that is the recipe itself, which always runs. Choose another name.")
+    return {"teachers": {}, **settings}
+
+
+def changed_settings(recipe: Any, args: Any, changes: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Arguments of a recipe with the changes of one variant.
+
+    Args:
+        recipe, args: the two dataclasses of the recipe.
+        changes: arguments -> values; and, for runs in stages, `without_stages` (names of stages to leave out) and `in_stages`
+            (settings that replace those of the same name in every stage that has them; a weight of 0 removes the term).
+
+    Raises:
+        ValueError: for names that neither the recipe nor its stages have: the variant would be the full recipe.
+    """
+    changes = dict(changes)
+    stages = deepcopy(getattr(recipe, "stages", None))
+    left_out, inside = changes.pop("without_stages", []), changes.pop("in_stages", {})
+    names = [stage["name"] for stage in stages or []]
+    for name in left_out:
+        if name not in names:
+            raise ValueError(f"without_stages names {name!r}, but the stages are {names}: the variant would leave nothing out.")
+    stages = [stage for stage in stages or [] if stage["name"] not in left_out]
+    for key, value in inside.items():
+        hit = [stage for stage in stages if key in stage]
+        if not hit:
+            raise ValueError(f"in_stages sets {key!r}, which no stage has: the variant would change nothing.")
+        for stage in hit:
+            stage[key] = value
+    # A stage whose objective is gone has nothing to train.
+    stages = [s for s in stages if not any(w in s for w in WEIGHTS) or any(s.get(w) for w in WEIGHTS)]
+    own, training = {}, {}
+    for key, value in changes.items():
+        if key in {f.name for f in fields(recipe)}:
+            own[key] = value
+        elif key in {f.name for f in fields(args) if f.init}:
+            training[key] = value
+        else:
+            known = [f.name for f in (*fields(recipe), *fields(args))]
+            raise ValueError(f"unknown argument {key!r} in a variant.{did_you_mean(key, known)}")
+    if left_out or inside:
+        own["stages"] = stages or None
+    return replace(recipe, **own), replace(args, **training)
+
+
+def run_ablation(main: Callable[[Any, Any], dict], recipe: Any, args: Any, ablation: Mapping[str, Any], command: str) -> dict[str, Any]:
+    """Runs the recipe, then every variant of it with the same teachers and seeds, and writes `ablation.json`, `.md` and `.png`.
+
+    What was finished before is not run again: every run has a folder of its own under `output_dir`.
+
+    Args:
+        main: of the recipe.
+        recipe, args: its arguments, as `parse` gives them.
+        ablation: from [`load_ablation`].
+        command: that repeats it, for the record.
+
+    Returns:
+        The contents of `ablation.json`: `metric`, `seeds`, `variants` (name -> mean, std, values), `differences` to the full recipe,
+        paired by seed.
+    """
+    root = Path(ablation["output_dir"])
+    plans = {name: changed_settings(recipe, args, changes or {}) for name, changes in ablation["variants"].items()}
+    full = main(recipe, replace(args, output_dir=str(root / FULL)))
+    metric = full["metric"]
+    measured = {FULL: full["student_distilled"][metric]}
+    shared = {key: str(root / FULL / folder) for key, folder in ablation["teachers"].items()}
+    for name, (own, training) in plans.items():
+        folder = root / "".join(c if c.isalnum() else "_" for c in name)
+        own = replace(own, **shared, teacher_training=None, baselines=False, allow_weak_teacher=True)
+        results = main(own, replace(training, output_dir=str(folder)))
+        measured[name] = results["student_distilled"][metric]
+    outcome = {
+        "task": full["task"],
+        "metric": metric,
+        "seeds": full["seeds"],
+        "teacher": full["teacher"][metric],
+        "alone": None if full["student_alone"] is None else full["student_alone"][metric],
+        "variants": measured,
+        "differences": {name: _difference(value, measured[FULL]) for name, value in measured.items() if name != FULL},
+        "changes": dict(ablation["variants"]),
+        "versions": full["versions"],
+        "command": command,
+    }
+    if args.should_save:
+        outcome = shareable(outcome)
+        root.mkdir(parents=True, exist_ok=True)
+        (root / "ablation.json").write_text(json.dumps(outcome, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        rows = ablation_rows(outcome)
+        (root / "ablation.md").write_text(results_table(rows) + "\n", encoding="utf-8")
+        print_table(rows, title=f"{outcome['task']}: one part left out")
+        plot_variants(outcome, root / "ablation.png")
+    return outcome
+
+
+def _difference(value: Mapping[str, Any], full: Mapping[str, Any]) -> dict[str, Any]:
+    return summarise([own - base for own, base in zip(value["values"], full["values"], strict=True)])
+
+
+def ablation_rows(outcome: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the table, for `results_table`: teacher, student alone, the full recipe, and each variant with its difference."""
+    metric = outcome["metric"]
+    rows = [{"variant": "teacher", metric: outcome["teacher"]}]
+    if outcome["alone"] is not None:
+        rows.append({"variant": "student alone", metric: outcome["alone"]})
+    for name, value in outcome["variants"].items():
+        rows.append({"variant": name, metric: value, "difference": outcome["differences"].get(name)})
+    return rows

@@ -1,0 +1,225 @@
+#!/usr/bin/env python
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hfdistill[ner,plots]"]
+# ///
+"""Distil a token classifier (named entities, parts of speech, punctuation), and measure honestly what it bought.
+
+    accelerate launch recipes/token_classification.py --config recipes/configs/token_classification/stdlib_bert_kd.yaml
+
+trains a teacher (or takes one), trains the student alone and under the teacher with the same steps for every seed, and
+writes to `output_dir`: the distilled student of the first seed (loads with plain Transformers), `results.json`,
+`results.png` and a model card. The teacher is listened to at the first sub-token of each word, as labels are. Without data
+flags the embedded task is used, which needs no network: putting the punctuation back into documentation.
+"""
+
+from dataclasses import dataclass, replace
+
+import hfdistill
+from hfdistill import recipe_field as _
+from hfdistill.cli import check_keys, check_launch, config_sha256, parse, use_cpu_threads
+
+
+@dataclass
+class TokenClassificationArguments(hfdistill.RecipeArguments):
+    """Data, student and teacher of a token classification run; everything else is in `DistillationTrainingArguments`."""
+
+    task_name: str = _("ner", "Which labels of the data: the column {task_name}_tags, as in ner_tags or pos_tags.")
+    dataset_name: str | None = _(None, "A data set on the Hub.")
+    dataset_config_name: str | None = _(None, "Its configuration.")
+    train_file: str | None = _(None, "Training data: json, jsonl or parquet with a list of words and a list of labels in each row.")
+    validation_file: str | None = _(None, "Held-out data, as train_file.")
+    test_file: str | None = _(None, "Held-out data where there is no validation_file.")
+    text_column_name: str | None = _(None, "Column of the words. Default: tokens, else the first.")
+    label_column_name: str | None = _(None, "Column of the labels. Default: {task_name}_tags, else the second.")
+    labelled_rows: int | None = _(
+        None, "Training rows whose labels the student sees; the others are transfer text, on which it hears the teacher."
+    )
+    max_seq_length: int = _(128, "Sub-tokens per row; words behind them are cut off.")
+    pad_to_max_length: bool = _(False, "Pad to max_seq_length instead of to the longest row of a batch.")
+    label_all_tokens: bool = _(False, "Every sub-token has the label of its word and hears the teacher, instead of the first one only.")
+    token_metric: str = _(
+        "auto",
+        "span_f1 (whole entities, needs seqeval), token_f1 (single tokens, O left out), or auto: span_f1 for labels such as B-PER "
+        "where seqeval is installed.",
+        choices=["auto", "span_f1", "token_f1"],
+    )
+
+
+ARGUMENTS = (TokenClassificationArguments, "DistillationTrainingArguments")
+
+
+def main(recipe, args):
+    """Runs the recipe and returns the contents of `results.json`."""
+    from datasets import concatenate_datasets
+
+    if args.resume_from_checkpoint:
+        raise ValueError(
+            "resume_from_checkpoint is not needed: start the same command again, and arms that were killed go on where they were"
+        )
+    check_keys(recipe.teacher_training, args.to_dict().keys() - {"output_dir", "push_to_hub"}, "teacher_training")
+    use_cpu_threads(args, recipe.cpu_threads)
+
+    # ---- Data, tokenizer, teacher: given by name, or a BERT from scratch ----
+    with args.main_process_first(desc="data"):
+        data = load_data(recipe)
+    pair = hfdistill.ModelPair(recipe, args, "token", label_config(data))
+    if pair.teacher is not None:
+        data = hfdistill.match_labels(data, pair.teacher.config)
+    pair.complete(data.vocabulary_texts, recipe.max_seq_length, label_config(data))
+    if not hfdistill.reads_words_apart(pair.tokenizer):  # RoBERTa, GPT-2
+        pair.tokenizer = type(pair.tokenizer).from_pretrained(pair.tokenizer.name_or_path, add_prefix_space=True, **pair.options)
+
+    sha = config_sha256((recipe, args))
+    folders = [recipe.teacher_model_name_or_path, recipe.model_name_or_path, recipe.tokenizer_name]
+    run = hfdistill.Run(args, hfdistill.run_fingerprint(sha, data.fingerprint(), folders), overwrite=recipe.overwrite_output_dir)
+    headline = choose_metric(recipe, data.label_names, run.say)
+    metric = hfdistill.load_metric(headline)
+
+    def encode(split):
+        return hfdistill.encode_tokens(
+            split,
+            pair.tokenizer,
+            data.words,
+            recipe.max_seq_length,
+            data.label_names,
+            recipe.label_all_tokens,
+            recipe.pad_to_max_length,
+            recipe.preprocessing_num_workers,
+        )
+
+    with args.main_process_first(desc="tokenizing"):
+        teacher_rows, labelled, transfer = encode(data.teacher_train), encode(data.labelled), encode(data.transfer)
+        evaluation = {split: encode(rows) for split, rows in data.evaluation.items()}
+    held_out = next(iter(evaluation.values()))
+    mixed = concatenate_datasets([labelled, transfer]) if len(transfer) else labelled
+    collator = hfdistill.TokenCollator(pair.tokenizer)
+
+    def trainer_for(model, arguments, rows=None, teacher=None):
+        trainer = hfdistill.DistillationTrainer(
+            model=model,
+            teacher=teacher,
+            args=arguments,
+            data_collator=collator,
+            train_dataset=rows,
+            eval_dataset=held_out,
+            processing_class=pair.tokenizer,
+            teacher_processing_class=pair.teacher_tokenizer,
+            compute_metrics=hfdistill.tag_metric_function(metric, data.label_names),
+        )
+        check_launch(trainer.accelerator)
+        return trainer
+
+    def settings(arm, **changes):
+        return replace(args, output_dir=run.folder(arm), push_to_hub=False, **changes)
+
+    alone = {"task_weight": 1.0, "objective": None, "schedules": None, **dict.fromkeys(hfdistill.TEACHER_WEIGHTS, 0.0)}
+    if pair.needs_teacher_training:
+        run.say(f"Teacher: {len(teacher_rows)} labelled texts")
+        own = settings("teacher", **{**alone, **(recipe.teacher_training or {})})
+        teacher_arm = run.finish("teacher", trainer_for(pair.teacher, own, teacher_rows))
+    else:
+        run.say("Teacher: measured as it is")
+        teacher_arm = run.measure("teacher", trainer_for(pair.teacher, settings("teacher", **alone)))
+    pair.teacher = teacher_arm.model
+    hfdistill.refuse_weak_teacher(teacher_arm, recipe.allow_weak_teacher)
+
+    # ---- Students: distilled; alone on the same labels; control on all labels of the teacher ----
+    arms = {"alone": [], "control": [], "distilled": []}
+    for seed in recipe.seeds:
+        if recipe.baselines:
+            run.say(f"Seed {seed}: student alone, {len(labelled)} labelled texts")
+            trainer = trainer_for(pair.student(seed), settings(f"alone_{seed}", seed=seed, **alone), labelled)
+            arms["alone"].append(run.finish(f"alone_{seed}", trainer))
+        if recipe.baselines and len(transfer):
+            run.say(f"Seed {seed}: control, student on the teacher's {len(teacher_rows)} labelled texts")
+            trainer = trainer_for(pair.student(seed), settings(f"control_{seed}", seed=seed, **alone), teacher_rows)
+            arms["control"].append(run.finish(f"control_{seed}", trainer))
+        run.say(f"Seed {seed}: student distilled, {len(labelled)} labelled and {len(transfer)} unlabelled texts")
+        student, name = pair.student(seed, run.say if seed == recipe.seeds[0] else None), f"distilled_{seed}"
+        if recipe.stages:
+            arm = run.finish_stages(
+                name,
+                recipe.stages,
+                student,
+                seed=seed,
+                datasets={"train": mixed, "labelled": labelled, "transfer": transfer, "teacher_train": teacher_rows},
+                teachers={"teacher": pair.teacher},
+                trainer_for=trainer_for,
+                build=lambda sizes, seed=seed: pair.student(seed, **sizes),
+                metric=headline,
+            )
+        else:
+            arm = run.finish(name, trainer_for(student, settings(name, seed=seed), mixed, pair.teacher))
+        arms["distilled"].append(arm)
+
+    # ---- What came out ----
+    def score(guesses, truth):
+        return hfdistill.score_tags(metric, guesses, truth, data.label_names)[headline]
+
+    def agreement(student, teacher):
+        words = teacher_arm.labels != -100
+        return hfdistill.agreement(student[words], teacher[words])
+
+    baselines = {}
+    if recipe.baselines:
+        run.say("Baselines without a neural network")
+        baselines = hfdistill.window_baselines(data, score)
+    run.say("Sizes and latencies")
+    example = collator([held_out[0]])
+    published = arms["distilled"][0]
+    results = hfdistill.compare_arms(
+        data.description, headline, recipe.seeds, teacher_arm, arms, example, baselines, sha, agreement_of=agreement
+    )
+    results["evaluation"] = {split: published.trainer.evaluate(rows) for split, rows in evaluation.items()}
+    run.publish(published, results, limits=LIMITS if data.embedded else None)
+    return results
+
+
+LIMITS = """A demonstration: documentation leaves out many full stops and commas that a careful writer would set, and the labels are what is
+there. The end of a text is never asked for. Near-duplicates among documents are not grouped."""
+
+
+def label_config(data):
+    names = dict(enumerate(data.label_names))
+    return {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
+
+
+def choose_metric(recipe, label_names, say):
+    """`span_f1` where labels mark entities and seqeval is there, else `token_f1`, said aloud."""
+    if recipe.token_metric != "auto":
+        return recipe.token_metric
+    if not hfdistill.marks_spans(label_names):
+        return "token_f1"
+    if not hfdistill.has_seqeval():
+        say("seqeval is not installed, so tokens are counted instead of whole entities (`pip install hfdistill[ner]` for those)")
+        return "token_f1"
+    return "span_f1"
+
+
+def load_data(recipe):
+    files = {"train": recipe.train_file, "validation": recipe.validation_file, "test": recipe.test_file}
+    files = {split: path for split, path in files.items() if path}
+    columns = {"text_column_name": recipe.text_column_name, "label_column_name": recipe.label_column_name}
+    if not (recipe.dataset_name or files):
+        for flag, value in columns.items():
+            if value:
+                raise ValueError(f"--{flag} {value} names columns of your own data, but none is given. Pass --train_file or --dataset_name")
+        return hfdistill.load_embedded_tokens(
+            recipe.labelled_rows, max_train_samples=recipe.max_train_samples, max_eval_samples=recipe.max_eval_samples
+        )
+    return hfdistill.load_named_tokens(
+        recipe.dataset_name,
+        recipe.dataset_config_name,
+        files,
+        **columns,
+        task_name=recipe.task_name,
+        labelled_rows=recipe.labelled_rows,
+        max_train_samples=recipe.max_train_samples,
+        max_eval_samples=recipe.max_eval_samples,
+        cache_dir=recipe.cache_dir,
+    )
+
+
+if __name__ == "__main__":
+    main(*parse(ARGUMENTS, description=__doc__))

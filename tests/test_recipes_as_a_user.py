@@ -1,0 +1,164 @@
+"""Every recipe as its user runs it: launched with one and with two processes, killed with SIGKILL in the middle, started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+
+ROOT = Path(__file__).parents[1]
+TINY = {
+    "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32,
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
+NARROW = {
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+STEPS, SAVE, KILL = 30, 3, 9
+
+# recipe -> (config, Auto class of the student, changes of its own)
+RECIPES = {
+    "text_classification": ("stdlib_bert_kd", "AutoModelForSequenceClassification", {}),
+    "text_classification/stages": (
+        "stdlib_bert_progressive",
+        "AutoModelForSequenceClassification",
+        {"student_config": {"intermediate_size": 16}},
+    ),
+    "text_classification/assistant": ("stdlib_bert_assistant", "AutoModelForSequenceClassification", {}),
+    "masked_lm": ("stdlib_bert_triple", "AutoModelForMaskedLM", {"student_config": None}),
+    "tinybert": ("stdlib_tinybert", "AutoModelForSequenceClassification", {}),
+    "token_classification": ("stdlib_bert_kd", "AutoModelForTokenClassification", {}),
+    "question_answering": ("stdlib_bert_kd", "AutoModelForQuestionAnswering", {}),
+    "sentence_embedding": ("stdlib_bert_mse", "AutoModel", {}),
+}
+
+
+def small(name: str, folder: Path, rows: int = 8, **changes) -> Path:
+    """The shipped config with tiny models and few steps, checkpoints included, as a file of its own."""
+    config, _, own = RECIPES[name]
+    settings = yaml.safe_load((ROOT / f"recipes/configs/{name.split('/')[0]}/{config}.yaml").read_text())
+    settings |= {
+        "output_dir": str(folder / "run"), "seeds": [0], "baselines": False, "teacher_config": TINY, "student_layers": 1,
+        "student_config": NARROW, "teacher_training": {"max_steps": 3}, "max_steps": STEPS, "per_device_train_batch_size": rows,
+        "max_train_samples": 96, "max_eval_samples": 48, "save_strategy": "steps", "save_steps": SAVE, "allow_weak_teacher": True,
+        "cpu_threads": 1, "vocab_size": 1000, "disable_tqdm": True, **own, **changes,
+    }  # fmt: skip
+    for stage in settings.get("stages") or []:
+        stage["max_steps"] = STEPS
+        stage.pop("num_train_epochs", None)
+    folder.mkdir(parents=True)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in settings.items() if value is not None}))
+    return path
+
+
+def command(name: str, config: Path, launcher: str) -> list[str]:
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / f"recipes/accelerate/{launcher}.yaml")]
+    return [*launch, str(ROOT / f"recipes/{name.split('/')[0]}.py"), "--config", str(config)]
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def start(name: str, config: Path, launcher: str = "cpu") -> None:
+    done = subprocess.run(command(name, config, launcher), capture_output=True, text=True, timeout=500, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def kill_when_distilling(name: str, config: Path) -> Path:
+    """Starts the recipe and kills it, with all its children, once the distilled arm has written its checkpoint of step KILL."""
+    arm = config.parent / "run/_arms/distilled_0"
+    log = open(config.parent / "log.txt", "w+")
+    process = subprocess.Popen(command(name, config, "cpu"), stdout=log, stderr=log, env=ENVIRONMENT, start_new_session=True)
+    deadline = time.monotonic() + 400
+    last_stage = json_stages(config)[-1:]
+    while not any(
+        (folder / "trainer_state.json").is_file() for folder in arm.glob(f"**/checkpoint-{KILL}") if in_stage(folder, last_stage)
+    ):
+        log.seek(0)
+        assert process.poll() is None, f"the run ended before it could be killed: {log.read()[-3000:]}"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    log.close()
+    assert not (arm / "arm.json").exists()
+    return arm
+
+
+def json_stages(config: Path) -> list[str]:
+    return [stage["name"] for stage in yaml.safe_load(config.read_text()).get("stages") or []]
+
+
+def in_stage(folder: Path, names: list[str]) -> bool:
+    return not names or folder.parent.name.endswith(names[0])
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "run/model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_killed_and_started_again_it_gives_the_same_student(name, tmp_path):
+    whole, killed = small(name, tmp_path / "whole"), small(name, tmp_path / "killed")
+    start(name, whole)
+    arm = kill_when_distilling(name, killed)
+    finished = {path.parent.name: path.stat().st_mtime_ns for path in arm.glob("*/stage.json")}
+    assert len(finished) == max(len(list((tmp_path / "whole/run/_arms/distilled_0").glob("*/stage.json"))) - 1, 0)
+    start(name, killed)
+    for stage, written in finished.items():
+        assert (arm / stage / "stage.json").stat().st_mtime_ns == written  # finished stages were not trained again
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert expected.keys() == found.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor), key
+    loads_in_plain_transformers(tmp_path / "killed/run", RECIPES[name][1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_two_processes_train_the_student_of_one(name, tmp_path):
+    one, two = small(name, tmp_path / "one", rows=8, save_strategy="no"), small(name, tmp_path / "two", rows=4, save_strategy="no")
+    start(name, one, "cpu")
+    start(name, two, "two_cpu")
+    expected, found = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=2e-4, msg=lambda text, key=key: f"{key}: {text}")
+    tables = [json.loads((tmp_path / which / "run/results.json").read_text()) for which in ("one", "two")]
+    assert [table["num_processes"] for table in tables] == [1, 2]
+
+
+def loads_in_plain_transformers(folder: Path, auto_class: str) -> None:
+    code = f"""
+import sys
+sys.modules["hfdistill"] = sys.modules["peft"] = None
+import transformers
+model, report = transformers.{auto_class}.from_pretrained({str(folder)!r}, output_loading_info=True)
+assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+tokenizer = transformers.AutoTokenizer.from_pretrained({str(folder)!r})
+output = model(**tokenizer("Return the number of items.", return_tensors="pt"))
+print("LOADED", len(output))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+    assert done.returncode == 0 and "LOADED" in done.stdout, done.stderr[-3000:]
+
+
+def test_every_recipe_is_run():
+    assert {name.split("/")[0] for name in RECIPES} == {path.stem for path in (ROOT / "recipes").glob("*.py")}
