@@ -50,19 +50,22 @@ def changed_settings(recipe: Any, args: Any, changes: Mapping[str, Any]) -> tupl
 
     Args:
         recipe, args: the two dataclasses of the recipe.
-        changes: arguments -> values; and, for runs in stages, `without_stages` (names of stages to leave out) and `in_stages`
-            (settings that replace those of the same name in every stage that has them; a weight of 0 removes the term).
+        changes: arguments -> values; and, for runs in stages, `without_stages` (names of stages to leave out), `in_stages`
+            (settings that replace those of the same name in every stage that has them; a weight of 0 removes the term) and
+            `of_stages` (name of a stage -> settings that it gets).
 
     Raises:
         ValueError: for names that neither the recipe nor its stages have: the variant would be the full recipe.
     """
     changes = dict(changes)
     stages = deepcopy(getattr(recipe, "stages", None))
-    left_out, inside = changes.pop("without_stages", []), changes.pop("in_stages", {})
+    left_out, inside, single = changes.pop("without_stages", []), changes.pop("in_stages", {}), changes.pop("of_stages", {})
     names = [stage["name"] for stage in stages or []]
-    for name in left_out:
+    for name in [*left_out, *single]:
         if name not in names:
-            raise ValueError(f"without_stages names {name!r}, but the stages are {names}: the variant would leave nothing out.")
+            raise ValueError(f"A variant names the stage {name!r}, but the stages are {names}: it would be the full recipe.")
+    for stage in stages or []:
+        stage.update(single.get(stage["name"], {}))
     stages = [stage for stage in stages or [] if stage["name"] not in left_out]
     for key, value in inside.items():
         hit = [stage for stage in stages if key in stage]
@@ -81,7 +84,7 @@ def changed_settings(recipe: Any, args: Any, changes: Mapping[str, Any]) -> tupl
         else:
             known = [f.name for f in (*fields(recipe), *fields(args))]
             raise ValueError(f"unknown argument {key!r} in a variant.{did_you_mean(key, known)}")
-    if left_out or inside:
+    if left_out or inside or single:
         own["stages"] = stages or None
     return replace(recipe, **own), replace(args, **training)
 

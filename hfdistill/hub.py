@@ -41,6 +41,7 @@ class CardContext:
         objective (`list[dict]`): one entry a part of the loss, as `Objective.describe()` gives them: `name`, `loss`, `weight`,
             `layer_map`, `options` (such as `temperature`), ...
         layer_map_table (`str`, *optional*): Markdown.
+        stages (`list[dict]`): rows of the table of stages, for a student trained in several.
         dataset (`str`, *optional*): what it was trained on, in words or as a Hub id.
         dataset_ids (`str` or `list[str]`, *optional*): Hub ids only; nothing for embedded or local data.
         hyperparameters (`dict`): name to value.
@@ -65,6 +66,7 @@ class CardContext:
     base_model: str | Sequence[str] | None = None
     objective: Sequence[Mapping[str, Any]] = ()
     layer_map_table: str | None = None
+    stages: Sequence[Mapping[str, Any]] = ()
     dataset: str | None = None
     dataset_ids: str | Sequence[str] | None = None
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
@@ -118,7 +120,12 @@ def distillation_card(context: CardContext | Mapping[str, Any]) -> ModelCard:
     card = CardContext(**shareable(values))
     card.summary = card.summary or _summary(card)
     parts = [
-        {"name": part.get("name") or part.get("loss"), **{k: v for k, v in part.items() if k != "options"}, **part.get("options", {})}
+        {
+            **({"stage": part["stage"]} if "stage" in part else {}),
+            "name": part.get("name") or part.get("loss"),
+            **{k: v for k, v in part.items() if k != "options"},
+            **part.get("options", {}),
+        }
         for part in card.objective
     ]
     base = ", ".join(_listed(card.base_model))
@@ -127,6 +134,7 @@ def distillation_card(context: CardContext | Mapping[str, Any]) -> ModelCard:
         template_path=str(template_path()),
         c=dataclasses.replace(card, base_model=base or None),
         objective_table=results_table([{key: _cell(value) for key, value in part.items()} for part in parts]) if parts else "",
+        stages_table=results_table([{key: _cell(value) for key, value in stage.items()} for stage in card.stages]) if card.stages else "",
         hyperparameter_table=results_table(
             [{"name": f"`{key}`", "value": str(_cell(value))} for key, value in card.hyperparameters.items()]
         ) if card.hyperparameters else "",

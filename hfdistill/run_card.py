@@ -64,6 +64,16 @@ def card_fields(trainer) -> dict[str, Any]:
     }
 
 
+def staged_card(stages: list[dict[str, Any]]) -> dict[str, Any]:
+    """Card fields of a student that was trained in stages, from the fields of its [`StageRecord`]s: terms and settings by stage."""
+    columns = {"name": "stage", "data": "data", "teacher": "teacher", "steps": "steps"}
+    return {
+        "objective": [_row({"stage": stage["name"], **term}) for stage in stages for term in stage["objective"]],
+        "layer_map_table": None,  # of the last stage only; the terms above have theirs
+        "stages": [{title: stage[key] for key, title in columns.items()} | stage["settings"] for stage in stages],
+    }
+
+
 def _adapter_fields(trainer, base: str | None, tag: str | None) -> dict[str, Any]:
     """Where adapters alone are published: the library, and how they are loaded on top of a base that others can have."""
     if not is_peft_student(trainer.model):  # also a student that was merged after its training

@@ -26,7 +26,8 @@ from .models.anatomy import task_of
 from .models.peft_student import is_peft_student
 from .plots import plot_results
 from .report import print_table, results_rows, summarise, versions, write_results
-from .stages import stages_rows, train_stages
+from .run_card import staged_card
+from .stages import staged_objective, stages_rows, train_stages
 from .trainer import DistillationTrainer
 
 
@@ -49,7 +50,7 @@ class Arm:
         seconds: of training; `None` where it was resumed.
         log_history: what the trainer logged.
         steps: optimizer steps, those of all stages together; 0 where nothing was trained.
-        stages: one record a stage, see [`StageRecord`].
+        stages: one record a stage, the fields of [`StageRecord`].
     """
 
     name: str
@@ -189,6 +190,7 @@ class Run:
                 f"{seeds[0]}. `{results['command']}`",
                 "metric_values": {metric: arm.metrics[f"eval_{metric}"]},
                 **({"limits": limits} if limits else {}),
+                **(staged_card(arm.stages) if arm.stages else {}),
             }
         if self.args.push_to_hub:
             trainer.push_to_hub()
@@ -328,7 +330,7 @@ def compare_arms(
         own = arms.get(name)
         return entry(name, summarise([arm.metrics[f"eval_{metric}"] for arm in own])) if own else None
 
-    teacher_value = teacher.metrics[f"eval_{metric}"]
+    teacher_value, distilled_arm = teacher.metrics[f"eval_{metric}"], arms["distilled"][0]
     alone, distilled = over_seeds("alone"), over_seeds("distilled")
     others = {name: over_seeds(name) for name, own in arms.items() if own and name not in ("alone", "distilled")}
     if agreement_of is None and task_of(teacher.model) == "sequence" and teacher.logits.ndim == 2 and teacher.logits.shape[-1] > 1:
@@ -349,7 +351,8 @@ def compare_arms(
         "agreement": agreements.get("distilled"),
         "agreements": agreements,
         "gap_closed": None if alone is None else gap_closed(alone[metric]["mean"], distilled[metric]["mean"], teacher_value),
-        "objective": arms["distilled"][0].trainer.objective.describe(),
+        "objective": staged_objective(distilled_arm.stages) or distilled_arm.trainer.objective.describe(),
+        **({"stages": distilled_arm.stages} if distilled_arm.stages else {}),
         "versions": versions(),
         "config_sha256": config_sha256,
         "command": launch_command(),

@@ -35,6 +35,7 @@ MAIN_TEACHER = "teacher"
 RECORD = "stage.json"
 # Two stages with one seed would draw the same batches and the same dropout.
 SEED_STEP = 1000
+_SHOWN = ("learning_rate", "per_device_train_batch_size", "seed")
 _RESERVED = ("output_dir", "seed", "push_to_hub", "resume_from_checkpoint")
 
 
@@ -184,7 +185,10 @@ def expand_progressive(stage: Stage, args: DistillationTrainingArguments, depth:
 
 @dataclass
 class StageRecord:
-    """What one finished stage did, as written to `stage.json`: one row of the table of stages."""
+    """What one finished stage did, as written to `stage.json`.
+
+    `objective` is the stage's own as resolved, `settings` what differs from stage to stage: learning rate, rows per process, seed.
+    """
 
     name: str
     data: str
@@ -195,6 +199,8 @@ class StageRecord:
     last_loss: float | None
     carried_adapters: int
     metrics: dict[str, float] = field(default_factory=dict)
+    objective: list[dict[str, Any]] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def train_stages(
@@ -334,7 +340,8 @@ def _finish(stage: Stage, trainer: DistillationTrainer, carried: int, metric: st
         metrics = {name: measured[f"eval_{name}"] for name in [metric] if f"eval_{name}" in measured}
     record = StageRecord(
         stage.name, stage.data, stage.teacher, trainer.state.global_step, seconds,
-        losses[0] if losses else None, losses[-1] if losses else None, carried, metrics,
+        losses[0] if losses else None, losses[-1] if losses else None, carried, metrics, trainer.objective.describe(),
+        {name: getattr(trainer.args, name) for name in _SHOWN},
     )  # fmt: skip
     trainer.save_model(str(folder))
     if trainer.args.should_save:
@@ -354,6 +361,8 @@ def stages_rows(records: Sequence[StageRecord]) -> list[dict[str, Any]]:
             "data": record.data,
             "teacher": record.teacher,
             "steps": record.steps,
+            "learning rate": f"{record.settings['learning_rate']:g}",
+            "rows a step": record.settings["per_device_train_batch_size"],
             "seconds": record.seconds,
             "first loss": record.first_loss,
             "last loss": record.last_loss,
@@ -362,3 +371,8 @@ def stages_rows(records: Sequence[StageRecord]) -> list[dict[str, Any]]:
         }
         for record in records
     ]
+
+
+def staged_objective(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The terms of all stages, each with the name of its stage; `records` are the fields of [`StageRecord`]s."""
+    return [{"stage": record["name"], **term} for record in records for term in record["objective"]]

@@ -26,7 +26,7 @@ class QuestionAnsweringArguments(hfdistill.RecipeArguments):
 
     dataset_name: str | None = _(None, "A data set on the Hub with the columns of SQuAD: question, context, answers.")
     dataset_config_name: str | None = _(None, "Its configuration.")
-    train_file: str | None = _(None, "Training data with these columns: csv, json, jsonl or parquet; or the json files of SQuAD's web site.")
+    train_file: str | None = _(None, "Training data with these columns: csv, json, jsonl or parquet; or the files of SQuAD's web site.")
     validation_file: str | None = _(None, "Held-out data, as train_file.")
     test_file: str | None = _(None, "Held-out data where there is no validation_file.")
     version_2_with_negative: bool = _(False, "Some questions have no answer, as in SQuAD 2.")

@@ -63,8 +63,12 @@ def main(recipe, args):
     sha = config_sha256((recipe, args))
     folders = [recipe.teacher_model_name_or_path, recipe.model_name_or_path, recipe.tokenizer_name]
     run = hfdistill.Run(args, hfdistill.run_fingerprint(sha, data.fingerprint(), folders), overwrite=recipe.overwrite_output_dir)
-    headline = hfdistill.GLUE_METRICS[recipe.task_name][0] if recipe.task_name else "pearson" if data.is_regression else "accuracy"
-    metric = hfdistill.load_metric("glue", recipe.task_name) if recipe.task_name else hfdistill.load_metric(headline)
+    headline = "pearson" if data.is_regression else "f1" if data.is_multi_label else "accuracy"
+    metric, how = hfdistill.load_metric(headline, "multilabel" if data.is_multi_label else None), {}
+    if recipe.task_name:
+        headline, metric = hfdistill.GLUE_METRICS[recipe.task_name][0], hfdistill.load_metric("glue", recipe.task_name)
+    if data.is_multi_label:
+        how = {"average": "micro"}
 
     def encode(split):
         return hfdistill.encode_texts(
@@ -86,7 +90,7 @@ def main(recipe, args):
             eval_dataset=held_out,
             processing_class=pair.tokenizer,
             teacher_processing_class=pair.teacher_tokenizer,
-            compute_metrics=hfdistill.metric_function(metric),
+            compute_metrics=hfdistill.metric_function(metric, **how),
         )
         check_launch(trainer.accelerator)
         return trainer
@@ -139,11 +143,12 @@ def main(recipe, args):
     baselines = {}
     if recipe.baselines and not data.is_regression:
         run.say("Baselines without a neural network")
-        baselines = hfdistill.linear_baselines(data, lambda guesses, truth: metric.compute(predictions=guesses, references=truth)[headline])
+        baselines = hfdistill.linear_baselines(data, lambda own, truth: metric.compute(predictions=own, references=truth, **how)[headline])
     run.say("Sizes and latencies")
     example = pair.tokenizer.pad([held_out[0]], return_tensors="pt")
     published = arms["distilled"][0]
-    results = hfdistill.compare_arms(data.description, headline, recipe.seeds, teacher_arm, arms, example, baselines, sha)
+    same = (lambda own, other: float(((own > 0) == (other > 0)).mean())) if data.is_multi_label else None
+    results = hfdistill.compare_arms(data.description, headline, recipe.seeds, teacher_arm, arms, example, baselines, sha, same)
     results["evaluation"] = {split: published.trainer.evaluate(rows) for split, rows in evaluation.items()}
     run.publish(published, results, limits=LIMITS if data.embedded else None)
     return results
@@ -155,7 +160,8 @@ Docstrings of the same module lie on both sides of the split, and near-duplicate
 
 def label_config(data):
     names = dict(enumerate(data.label_names))
-    return {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
+    labels = {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
+    return {**labels, "problem_type": data.problem_type} if data.is_multi_label else labels
 
 
 def load_data(recipe):

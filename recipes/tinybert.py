@@ -149,6 +149,8 @@ def main(recipe, args):
         recipe = replace(recipe, teacher_model_name_or_path=source, teacher_training=tuning)
     set_seed(args.seed)
     pair = hfdistill.ModelPair(recipe, args, "sequence", label_config(data))
+    if trains_general and recipe.teacher_model_name_or_path == run.folder("general_teacher"):
+        pair.teacher.config._name_or_path = ""  # a folder of this run names no model that others have
     data = hfdistill.match_labels(data, pair.teacher.config)
     pair.complete(entries=label_config(data))
 
@@ -202,6 +204,7 @@ def main(recipe, args):
                 copies=recipe.augmentation_copies,
                 candidates=recipe.augmentation_candidates,
                 probability=recipe.augmentation_probability,
+                batch_size=args.per_device_eval_batch_size,
                 seed=args.seed,
                 max_length=recipe.max_seq_length,
                 cache_dir=run.folder("augmented"),
@@ -248,7 +251,6 @@ def main(recipe, args):
     example = pair.tokenizer.pad([held_out[0]], return_tensors="pt")
     published = arms["distilled"][0]
     results = hfdistill.compare_arms(data.description, headline, recipe.seeds, teacher_arm, arms, example, baselines, sha)
-    results["stages"] = published.stages
     results["augmented_texts"] = len(augmented)
     if general_arm is not None:
         results["general_teacher"] = {name: general_arm.metrics[f"eval_{name}"] for name in ("accuracy", "perplexity")}

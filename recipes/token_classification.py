@@ -5,7 +5,7 @@
 # ///
 """Distil a token classifier (named entities, parts of speech, punctuation), and measure honestly what it bought.
 
-    accelerate launch recipes/token_classification.py --config recipes/configs/token_classification/stdlib_bert_kd.yaml
+    accelerate launch recipes/token_classification.py --config recipes/configs/token_classification/stdlib_modernbert_kd.yaml
 
 trains a teacher (or takes one), trains the student alone and under the teacher with the same steps for every seed, and
 writes to `output_dir`: the distilled student of the first seed (loads with plain Transformers), `results.json`,

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 
 import pytest
 import yaml
+from recipes_under_test import ROOT, load_recipe
 
-from hfdistill import load_ablation, run_ablation
+from hfdistill import load_ablation, parse, run_ablation
 from hfdistill.ablation import changed_settings
 
 
@@ -42,6 +43,8 @@ def test_changes_of_arguments_and_stages():
     assert without.stages == STAGES[1:]
     inside, _ = changed_settings(staged, Arguments(), {"in_stages": {"embedding_weight": 0.0, "data": "train"}})
     assert inside.stages == [{**STAGES[0], "embedding_weight": 0.0}, {**STAGES[1], "data": "train"}]
+    one, _ = changed_settings(staged, Arguments(), {"of_stages": {"prediction": {"kd_weight": 0.0, "task_weight": 1.0}}})
+    assert one.stages == [STAGES[0], {**STAGES[1], "kd_weight": 0.0, "task_weight": 1.0}]
     emptied, _ = changed_settings(staged, Arguments(), {"in_stages": {"kd_weight": 0.0}})
     assert [stage["name"] for stage in emptied.stages] == ["general"]  # a stage without any weight has nothing to train
     assert staged.stages is STAGES and STAGES[0]["embedding_weight"] == 1.0
@@ -51,7 +54,7 @@ def test_changes_of_arguments_and_stages():
     "changes, words",
     [
         ({"kd_wieght": 0.0}, "kd_weight"),
-        ({"without_stages": ["pretraining"]}, "would leave nothing out"),
+        ({"without_stages": ["pretraining"]}, "the stage 'pretraining'"),
         ({"in_stages": {"cosine_weight": 0.0}}, "would change nothing"),
     ],
 )
@@ -133,3 +136,13 @@ def test_the_picture_has_a_bar_a_variant_and_a_dot_a_seed(tmp_path, monkeypatch)
     assert [list(xs) for xs in dots] == [[pytest.approx(0.6), pytest.approx(0.8)], [pytest.approx(0.4), pytest.approx(0.6)]]
     assert {line.get_xdata()[0] for line in axis.lines if line.get_marker() != "o"} == {0.9, 0.3}
     assert [text.get_text().split("  ")[0] for text in axis.get_yticklabels()] == ["full", "without a"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes/ablations").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_ablations_change_their_recipes(path):
+    ablation = load_ablation(path)
+    recipe, args = parse(load_recipe(ablation["recipe"]).ARGUMENTS, ["--config", str(ROOT / ablation["config"])])
+    variants = [changed_settings(recipe, args, changes) for changes in ablation["variants"].values()]
+    assert len(variants) >= 4 and all((one, other) != (recipe, args) for one, other in variants)
+    for name in ablation["teachers"]:
+        assert hasattr(recipe, name)

@@ -104,7 +104,10 @@ def test_every_arm_sees_the_same_masks_and_the_same_question(tmp_path, file, mon
 
     monkeypatch.setattr(DistillationTrainer, "training_step", training_step)
     teacher = json.dumps({"max_steps": 8})
-    run("--config", CONFIG, train_file=file, output_dir=tmp_path / "run", max_steps="8", seeds="0\n1", teacher_training=teacher)
+    run(
+        "--config", CONFIG, train_file=file, output_dir=tmp_path / "run", max_steps="8", seeds="0\n1", teacher_training=teacher,
+        teacher_mlm_probability="0.15",
+    )  # fmt: skip
     first, *others = seen.values()
     assert set(seen) == {"teacher", "alone_0", "distilled_0", "alone_1", "distilled_1"} and len(first) > 30
     for other in others:

@@ -117,7 +117,7 @@ def test_squad_files_a_given_teacher_and_a_student_without_token_types(tmp_path)
     flags += ["--teacher_model_name_or_path", str(tmp_path / "teacher"), "--model_name_or_path", str(tmp_path / "student")]
     flags += ["--tokenizer_name", str(tmp_path / "teacher"), "--cache_dir", str(tmp_path / "cache"), "--seeds", "0"]
     flags += ["--output_dir", str(tmp_path / "out"), "--max_seq_length", "40", "--doc_stride", "8", "--report_to", "none"]
-    results = run(*flags, *QUICK, teacher_config=None, teacher_training={"max_steps": 30, "learning_rate": 5e-3})
+    results = run(*flags, *QUICK, "--baselines", "false", teacher_config=None, teacher_training={"max_steps": 3})
     evaluation = results["evaluation"]["validation"]
     assert evaluation["eval_total"] == 32 and evaluation["eval_NoAns_total"] == 8 and evaluation["eval_HasAns_total"] == 24
     loaded = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "out")

@@ -488,3 +488,27 @@ def test_two_processes_train_the_student_of_one(tmp_path):
     for key, tensor in students[0].items():
         torch.testing.assert_close(students[1][key], tensor, rtol=1e-4, atol=1e-5)
     assert tables[1]["student_distilled"]["accuracy"]["mean"] == pytest.approx(tables[0]["student_distilled"]["accuracy"]["mean"], abs=0.01)
+
+
+def test_several_labels_a_text(tmp_path):
+    """Lists of names as labels: binary cross entropy and binary soft targets, micro F1, the student's config says so."""
+    words = {"red": "apple rose", "green": "apple leaf", "big": "house tree"}
+    rows = [
+        {"text": f"the {' '.join(words[name].split()[i % 2] for name in names) or 'thing'} number {i}", "label": list(names)}
+        for i in range(12)
+        for names in (("red",), ("red", "green"), ("big", "green"), ())
+    ]
+    for name, part in (("train", rows), ("validation", rows[:16])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in part))
+    files = ["--train_file", str(tmp_path / "train.jsonl"), "--validation_file", str(tmp_path / "validation.jsonl")]
+    tiny = json.dumps({"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16})
+    flags = [
+        *files, "--cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "run"), "--teacher_config", tiny, "--vocab_size", "120",
+        "--student_layers", "1", "--max_steps", "3", "--learning_rate", "1e-3", "--seeds", "0", "--labelled_rows", "24", "--disable_tqdm", "true",
+        "--allow_weak_teacher", "true", "--save_strategy", "no",
+    ]  # fmt: skip
+    results = run(*flags)
+    assert results["metric"] == "f1" and 0 <= results["student_distilled"]["f1"]["mean"] <= 1
+    assert {term["loss"] for term in results["objective"]} == {"task", "binary_soft_targets"}
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["problem_type"] == "multi_label_classification" and set(config["label2id"]) == {"red", "green", "big"}

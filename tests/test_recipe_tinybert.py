@@ -97,6 +97,15 @@ print(pipeline("text-classification", {str(folder)!r})("Open a socket.", truncat
     )
 
 
+def test_nothing_names_the_folder_of_the_run(finished):
+    folder, _ = finished
+    texts = [path for path in folder.iterdir() if path.suffix in (".json", ".md")]
+    assert len(texts) >= 5
+    for path in texts:
+        assert str(folder.parent) not in path.read_text() and "_arms" not in path.read_text(), path.name
+    assert "distilled from a BertForSequenceClassification" in (folder / "README.md").read_text()
+
+
 def test_a_finished_run_is_read_back(finished, capsys, monkeypatch):
     folder, results = finished
     recipe, own, args = settings("--config", str(CONFIGS / "stdlib_tinybert.yaml"), "--output_dir", str(folder), "--seeds", "0", *QUICK)
@@ -138,8 +147,9 @@ def test_pairs_regression_and_given_teachers(pair_files, tmp_path):
     recipe, own, args = settings(
         *("--train_file", str(pair_files / "train.csv"), "--validation_file", str(pair_files / "held.csv")),
         *("--general_teacher_name_or_path", str(pair_files / "mlm"), "--corpus_file", str(pair_files / "corpus.txt")),
-        *("--output_dir", str(tmp_path / "out"), "--max_seq_length", "16", "--augmentation_copies", "3", "--student_init", "random", "--cpu_threads", "1"),
-        *("--student_config", '{"hidden_size": 16, "intermediate_size": 24}', "--report_to", "none", "--seeds", "0"),
+        *("--output_dir", str(tmp_path / "out"), "--max_seq_length", "16", "--augmentation_copies", "3", "--cpu_threads", "1"),
+        *("--student_config", '{"hidden_size": 16, "intermediate_size": 24}', "--seeds", "0"),
+        *("--student_init", "random", "--report_to", "none"),
         *("--kd_weight", "1.0", "--task_weight", "0.0", "--baseline_steps", "2", "--save_strategy", "no", "--disable_tqdm", "true"),
     )
     own.stages[2] = {**own.stages[2], "data": "train"}

@@ -15,7 +15,7 @@ from hfdistill.cli import parse
 from hfdistill.data.byte_level import train_byte_level
 
 
-CONFIG = str(ROOT / "recipes/configs/token_classification/stdlib_bert_kd.yaml")
+CONFIG = str(ROOT / "recipes/configs/token_classification/stdlib_modernbert_kd.yaml")
 QUICK = (
     "--max_steps 3 --per_device_train_batch_size 8 --max_seq_length 24 --vocab_size 600 --disable_tqdm true --logging_steps 1 --seeds 0 "
     "--allow_weak_teacher true --learning_rate 1e-3"

@@ -41,7 +41,7 @@ RECIPES = {
     "text_classification/assistant": ("stdlib_bert_assistant", "AutoModelForSequenceClassification", {}),
     "masked_lm": ("stdlib_bert_triple", "AutoModelForMaskedLM", {"student_config": None}),
     "tinybert": ("stdlib_tinybert", "AutoModelForSequenceClassification", {}),
-    "token_classification": ("stdlib_bert_kd", "AutoModelForTokenClassification", {}),
+    "token_classification": ("stdlib_modernbert_kd", "AutoModelForTokenClassification", {}),
     "question_answering": ("stdlib_bert_kd", "AutoModelForQuestionAnswering", {}),
     "sentence_embedding": ("stdlib_bert_mse", "AutoModel", {}),
 }

@@ -268,3 +268,28 @@ def test_records_are_plain_json(tmp_path):
     written = [json.loads((tmp_path / f"{i}_{record.name}/stage.json").read_text()) for i, record in enumerate(records)]
     assert [entry["first_loss"] for entry in written] == [record.first_loss for record in records]
     assert all(entry["seconds"] > 0 for entry in written)
+
+
+def test_card_and_results_show_the_objective_of_every_stage(tmp_path):
+    from dataclasses import asdict
+
+    from hfdistill.hub import distillation_card
+    from hfdistill.run_card import staged_card
+    from hfdistill.stages import staged_objective, stages_rows
+
+    _, _, records = three_stages(tmp_path)
+    stages = [asdict(record) for record in records]
+    terms = staged_objective(stages)
+    expected = [
+        ("general", "hidden"),
+        ("general", "attention"),
+        ("intermediate", "hidden"),
+        ("intermediate", "attention"),
+        ("prediction", "kd"),
+    ]
+    assert [(term["stage"], term["name"]) for term in terms] == expected
+    assert [row["learning rate"] for row in stages_rows(records)] == ["0.001", "0.0005", "0.001"]
+    card = str(distillation_card({"student_name": "tiny", "teacher_name": "big", **staged_card(stages)}))
+    assert "It was trained in stages" in card and "jiao2020tinybert" in card  # TinyBERT's losses stand in earlier stages
+    for stage, name in expected:
+        assert any(line.startswith(f"| {stage} | {name} |") for line in card.splitlines()), (stage, name)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 
-MIN_MEMBERS, USUAL_MEMBERS = 4, 6
-MIN_WORDS, MAX_WORDS = 3, 24
+MIN_MEMBERS, USUAL_MEMBERS = 4, 5
+MIN_WORDS, MAX_WORDS = 3, 14
 
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _FIRST_SENTENCE = re.compile(r"(.+?[.!?])(?=\s+[A-Z`'\"(\[]|$)")
@@ -51,9 +51,9 @@ class Owner:
 def load_stdlib_questions(seed: int = 0, rounds: int = 1, root: str | os.PathLike | None = None) -> Dataset:
     """Questions about the members of classes and modules of the standard library, answered by their documentation.
 
-    A context is the first sentences of the documentation of 4 to 8 members of one class or module, in random order; each of
+    A context is the first sentences of the documentation of 4 to 7 members of one class or module, in random order; each of
     the members is asked for by its name in words (`What does limit denominator of fraction do?`), and its sentence is the
-    answer. Sources are parsed, never imported. Sentences of fewer than 3 or more than 24 words and dunder names are left out,
+    answer. Sources are parsed, never imported. Sentences of fewer than 3 or more than 14 words and dunder names are left out,
     of sentences that differ only in case or punctuation the first one of the whole library is kept, and what is left must
     stand in its context once.
 

@@ -92,7 +92,7 @@ def test_rows_of_a_small_library(library):
     assert rows["queue.SimpleQueue.empty#0"]["question"] == "What is empty in simple queue?"
     contexts = {row["context"] for row in rows.values()}
     sizes = sorted(len(re.findall(r"[.!](?= |$)", context.replace("e.g. ", ""))) for context in contexts)
-    assert sizes == [5, 5, 6, 7, 7]
+    assert sizes == [5, 5, 5, 5, 5, 5]
     for row in rows.values():
         (text,), (start,) = row["answers"]["text"], row["answers"]["answer_start"]
         assert row["context"][start : start + len(text)] == text and row["context"].count(text) == 1
@@ -151,7 +151,7 @@ def test_the_real_library():
     right = [word_overlap(row["question"], row["context"]) == row["answers"]["text"][0] for row in splits["test"]]
     assert 0.4 < sum(right) / len(right) < 0.65  # what counting words answers
     first = [row["answers"]["answer_start"][0] == 0 for row in splits["test"]]
-    assert 0.12 < sum(first) / len(first) < 0.22  # the order tells nothing
+    assert 0.14 < sum(first) / len(first) < 0.27  # the order tells nothing
 
 
 @pytest.mark.parametrize(
