@@ -75,6 +75,8 @@ def changed_settings(recipe: Any, args: Any, changes: Mapping[str, Any]) -> tupl
             stage[key] = value
     # A stage whose objective is gone has nothing to train.
     stages = [s for s in stages if not any(w in s for w in WEIGHTS) or any(s.get(w) for w in WEIGHTS)]
+    if names and not stages:
+        raise ValueError("A variant leaves no stage, so there would be nothing to train. Leave one in.")
     own, training = {}, {}
     for key, value in changes.items():
         if key in {f.name for f in fields(recipe)}:
@@ -105,15 +107,24 @@ def run_ablation(main: Callable[[Any, Any], dict], recipe: Any, args: Any, ablat
         paired by seed.
     """
     root = Path(ablation["output_dir"])
+    args = replace(args, push_to_hub=False)  # all of them would go to one repository
     plans = {name: changed_settings(recipe, args, changes or {}) for name, changes in ablation["variants"].items()}
+    folders = {name: "".join(c if c.isalnum() else "_" for c in name) for name in plans}
+    if len({FULL, *folders.values()}) <= len(folders):
+        raise ValueError(f"Two variants would share a folder: {sorted(folders.values())}. Give them names that differ in letters.")
+    if any(own.seeds != recipe.seeds for own, _ in plans.values()):
+        raise ValueError("A variant changes the seeds, and differences are taken seed by seed. Set the seeds in the config.")
     full = main(recipe, replace(args, output_dir=str(root / FULL)))
     metric = full["metric"]
     measured = {FULL: full["student_distilled"][metric]}
     shared = {key: str(root / FULL / folder) for key, folder in ablation["teachers"].items()}
     for name, (own, training) in plans.items():
-        folder = root / "".join(c if c.isalnum() else "_" for c in name)
-        own = replace(own, **shared, teacher_training=None, baselines=False, allow_weak_teacher=True)
-        results = main(own, replace(training, output_dir=str(folder)))
+        own = replace(own, **shared, baselines=False)
+        if "teacher_model_name_or_path" in shared:  # trained and measured by the full run
+            own = replace(own, teacher_training=None, allow_weak_teacher=True)
+        if "general_teacher_name_or_path" in shared:
+            own = replace(own, general_teacher_training=None)
+        results = main(own, replace(training, output_dir=str(root / folders[name])))
         measured[name] = results["student_distilled"][metric]
     outcome = {
         "task": full["task"],

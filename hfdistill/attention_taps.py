@@ -148,6 +148,9 @@ class InterfaceTap:
         found, masks, self.found, self.masks = self.found, self.masks, {}, {}
         return found, masks
 
+    def rest(self) -> None:
+        self.wanted = {}
+
     def remove(self) -> None:
         for module in self.modules:
             _TAPS.pop(module, None)
@@ -208,6 +211,9 @@ class SoftmaxTap:
         self.recording = False
         scores, self.scores = self.scores, {}
         return {"attention_scores": scores}, dict.fromkeys(scores)
+
+    def rest(self) -> None:
+        self.wanted = frozenset()
 
     def remove(self) -> None:
         for handle in self._handles:

@@ -296,6 +296,11 @@ class Capture:
     def shares_attention(self) -> bool:
         return self._tap is not None and self._tap.shared
 
+    def rest(self) -> None:
+        """No scores until the next call; they were still computed for gradient checkpointing, which runs blocks again in backward."""
+        if self._tap is not None:
+            self._tap.rest()
+
     def release(self) -> None:
         """Takes the attention taps off the model and restores its attention implementation."""
         if self._tap is not None:

@@ -18,6 +18,7 @@ from .models.layer_map import resolve_layer_map
 from .models.peft_student import lora_config, wrap_student
 from .models.student import build_student
 from .recipe_arguments import RecipeArguments
+from .stages import resolve_stages
 from .suggest import did_you_mean
 from .teachers.loading import AUTO_CLASSES, load_named_part, load_teacher, load_tokenizer
 
@@ -66,6 +67,9 @@ class ModelPair:
                 + ", or leave prune_vocabulary out."
             )
         self._check_config()
+        self.peft_config = lora_config(recipe, task)
+        if recipe.stages is not None:
+            resolve_stages(recipe.stages)  # a misspelt stage should not wait for the teacher's training
         if name is not None:
             own = self.entries if recipe.teacher_training else {}
             self.teacher = load_teacher(name, task, {**self.options, **own, **(args.teacher_model_init_kwargs or {})})
@@ -162,7 +166,7 @@ class ModelPair:
         """
         recipe = self.recipe
         set_seed(seed)
-        config = lora_config(recipe, self.task)
+        config = self.peft_config
         if recipe.model_name_or_path is not None and not sizes:
             given = load_named_part(
                 self.auto_class, recipe.model_name_or_path, "student", revision=recipe.model_revision, **self.options, **self.entries
@@ -183,6 +187,6 @@ class ModelPair:
 
     def _copied_map(self, layers: int, depth: int) -> Any:
         own = self.args.layer_map
-        if own in _NO_COPIES:
+        if own in _NO_COPIES or layers != self.recipe.student_layers and ":" in own:  # pairs are those of the run's student
             return "uniform"
         return own if [s for s, _ in resolve_layer_map(own, layers, depth)] == list(range(layers)) else "uniform"

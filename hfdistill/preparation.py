@@ -191,6 +191,17 @@ def translate_tokens(student: Capture, teacher: Capture | None, processing_class
         )
 
 
+def freeze_unused_pooler(student: Capture, objective: Objective) -> None:
+    """Takes the pooler of a base model out of training where no term reads it.
+
+    Its output is among those of the forward pass, so DistributedDataParallel would wait for gradients that never come.
+    """
+    reads = any(term.signal == "pooled" for term in objective.terms.values()) and student.pooling == "auto"
+    pooler = getattr(getattr(student.inner, "base_model", None), "pooler", None)
+    if objective.task == "features" and not reads and isinstance(pooler, nn.Module):
+        pooler.requires_grad_(False)
+
+
 def align(objective: Objective, student: Capture, teacher: Capture | None, args, processing_class, teacher_processing_class) -> None:
     """Sets the label order and the shared vocabulary of `objective`.
 

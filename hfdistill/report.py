@@ -24,7 +24,7 @@ BASELINE_NAMES = {
     "tfidf_logreg_teacher_labels": "TF-IDF + logistic regression, teacher's labels",
     "window_logreg": "logistic regression on neighbouring words, student's labels",
     "window_logreg_teacher_labels": "logistic regression on neighbouring words, teacher's labels",
-    "majority": "majority class",
+    "majority": "majority class of the held-out part",
     "tfidf_cosine": "cosine of TF-IDF word vectors",
     "chance": "random order",
     "word_overlap": "sentence that shares most words with the question",

@@ -49,7 +49,7 @@ class Arm:
         labels: of the held-out data.
         seconds: of training; `None` where it was resumed.
         log_history: what the trainer logged.
-        steps: optimizer steps, those of all stages together; 0 where nothing was trained.
+        steps: optimizer steps of this model, those of all its stages together; 0 where nothing was trained.
         stages: one record a stage, the fields of [`StageRecord`].
     """
 
@@ -89,7 +89,8 @@ class Run:
         self.args = args
         self.evaluate = evaluate or _predict
         self.root = Path(args.output_dir)
-        self.fingerprint = fingerprint
+        # Batches are put together anew on another number of processes.
+        self.fingerprint = fingerprint if args.world_size == 1 else f"{fingerprint} on {args.world_size} processes"
         with args.main_process_first(desc="output folder"):
             held = self._held()
             foreign = held is None and any((self.root / name).exists() for name in ("config.json", "model.safetensors"))
@@ -99,9 +100,9 @@ class Run:
                     (self.root / MARK).unlink(missing_ok=True)
             elif held not in (None, fingerprint):
                 raise ValueError(
-                    f"output_dir {str(self.root)!r} holds a run with other settings, data or checkpoints (run {held[:12]}, this one is "
-                    f"{fingerprint[:12]}): going on would mix the two. Choose another --output_dir, or pass --overwrite_output_dir true to "
-                    "start anew."
+                    f"output_dir {str(self.root)!r} holds a run with other settings, data, checkpoints or processes (run {held[:12]}, this "
+                    f"one is {fingerprint[:12]}): going on would mix the two. Choose another --output_dir, or pass "
+                    "--overwrite_output_dir true to start anew."
                 )
             elif foreign:
                 raise ValueError(
@@ -114,8 +115,11 @@ class Run:
         return json.loads(mark.read_text())["fingerprint"] if mark.is_file() else None
 
     def _claim(self) -> None:
-        self.root.mkdir(parents=True, exist_ok=True)
-        (self.root / MARK).write_text(json.dumps({"fingerprint": self.fingerprint}))
+        if self._held() != self.fingerprint:
+            self.root.mkdir(parents=True, exist_ok=True)
+            partial = self.root / f"{MARK}.partial"
+            partial.write_text(json.dumps({"fingerprint": self.fingerprint}))
+            os.replace(partial, self.root / MARK)
 
     def folder(self, arm: str) -> str:
         return str(self.root / ARMS / arm)
@@ -157,7 +161,7 @@ class Run:
             _merge(trainer)
             seconds = [record.seconds for record in records]
             arm = self._measure(name, trainer, None if None in seconds else sum(seconds))
-            arm.steps = sum(record.steps for record in records)
+            arm.steps = sum(record.steps for record in records if not record.assistant)
             arm.stages = [asdict(record) for record in records]
             trainer.save_model(self.folder(name))
             self._write(arm)
@@ -233,7 +237,7 @@ class Run:
 def _merge(trainer: DistillationTrainer) -> None:
     """An arm is measured, saved and published as a plain model: one with PEFT adapters gets them merged into its weights."""
     if is_peft_student(trainer.model):
-        trainer.model = merged_student(trainer)
+        trainer.replace_student(merged_student(trainer))
 
 
 def _predict(trainer: DistillationTrainer):
@@ -309,6 +313,8 @@ def compare_arms(
         agreement_of: `(predictions of a student, predictions of the teacher) -> share on which they agree`. Default: top-1 for
             classifiers, nothing for others.
     """
+    for arm in [teacher, *(arm for own in arms.values() for arm in own)]:
+        arm.trainer.rest()
     models = {"teacher": teacher.model, **{name: own[0].model for name, own in arms.items() if own}}
     inputs = {
         name: {key: value.to(model.device) for key, value in Capture(model).select_inputs(example).items()}

@@ -7,6 +7,7 @@ has its own seed, derived from the run's).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -20,8 +21,9 @@ from torch import nn
 
 from .arguments import WEIGHTS, DistillationTrainingArguments
 from .checkpoints import last_whole_checkpoint
-from .models.anatomy import find_blocks
+from .models.anatomy import find_blocks, unwrap_peft
 from .models.layer_map import resolve_layer_map
+from .models.parts import has_head
 from .models.peft_student import is_peft_student
 from .side_file import changed_maps, save_side_file
 from .signals import LAYERED_SIGNALS
@@ -35,8 +37,16 @@ MAIN_TEACHER = "teacher"
 RECORD = "stage.json"
 # Two stages with one seed would draw the same batches and the same dropout.
 SEED_STEP = 1000
-_SHOWN = ("learning_rate", "per_device_train_batch_size", "seed")
-_RESERVED = ("output_dir", "seed", "push_to_hub", "resume_from_checkpoint")
+# One teacher and one student go through all stages: what changes the models themselves cannot change in between.
+_RESERVED = (
+    "output_dir", "seed", "push_to_hub", "resume_from_checkpoint", "teacher_dtype", "teacher_device", "activation_checkpointing",
+    "gradient_checkpointing",
+)  # fmt: skip
+# What may differ between two starts of one run.
+_PLACES = (
+    "output_dir", "logging", "log_", "report_to", "disable_tqdm", "run_name", "hub_", "push_to_hub", "dataloader_", "save_", "use_cpu",
+    "local_rank", "_n_gpu", "ddp_",
+)  # fmt: skip
 
 
 @dataclass
@@ -51,9 +61,9 @@ class Stage:
         student (`dict`, *optional*): sizes of another student that only this stage trains (a teacher assistant), as in
             `build_student`. Default: the run's student goes on.
         progressive (`float`, *optional*): progressive layerwise transfer
-            ([MobileBERT](https://huggingface.co/papers/2004.02984)). The stage becomes one stage a block: in the k-th only the
-            losses at block k count, later blocks and the head are frozen, and embeddings and earlier blocks train at the
-            learning rate times this number (0 freezes them; the paper has 0.1).
+            ([MobileBERT](https://huggingface.co/papers/2004.02984)). The stage becomes one stage a block: in the k-th its terms on
+            layers compare block k alone, later blocks and the head are frozen, and from the second on embeddings and earlier
+            blocks train at the learning rate times this number (0 freezes them; the paper has 0.1).
         carry_adapters (`bool`): take over the adapters of the stage before where a term has the same name, layer map and shapes.
         settings (`dict`): training arguments of this stage. Where it names `objective` or any weight, that is its whole
             objective: weights it does not name are 0. `num_train_epochs` replaces the run's `max_steps`.
@@ -132,7 +142,7 @@ def resolve_stages(entries: Sequence[Stage | Mapping[str, Any]]) -> list[Stage]:
 def stage_arguments(args: DistillationTrainingArguments, stage: Stage, index: int, output_dir: str) -> DistillationTrainingArguments:
     """The arguments of the run with the settings of one stage."""
     settings = dict(stage.settings)
-    base: dict[str, Any] = {"frozen_parts": None, "learning_rate_scales": None}
+    base: dict[str, Any] = {}
     defaults = {f.name: f.default for f in fields(DistillationTrainingArguments)}
     if "objective" in settings:
         base |= {"schedules": None, **{name: defaults[name] for name in WEIGHTS}}
@@ -143,11 +153,18 @@ def stage_arguments(args: DistillationTrainingArguments, stage: Stage, index: in
     return replace(args, **{**base, **settings}, output_dir=output_dir, seed=args.seed + SEED_STEP * index, push_to_hub=False)
 
 
-def expand_progressive(stage: Stage, args: DistillationTrainingArguments, depth: int, teacher_depth: int) -> list[Stage]:
+def expand_progressive(
+    stage: Stage, args: DistillationTrainingArguments, depth: int, teacher_depth: int, head: bool = True, recorded: list[int] | None = None
+) -> list[Stage]:
     """The stages, one a block, that a progressive stage stands for.
 
+    Args:
+        head: whether the student has parameters behind its blocks.
+        recorded: teacher block of each student block, for `layer_map="original"`.
+
     Raises:
-        ValueError: when the layer map does not give each block one teacher block, or no term compares layers.
+        ValueError: when the layer map does not give each block one teacher block, no term compares layers, or a term has a layer
+            map of its own.
     """
     if stage.progressive is None:
         return [stage]
@@ -156,7 +173,13 @@ def expand_progressive(stage: Stage, args: DistillationTrainingArguments, depth:
     layered = [Term.from_dict(entry).loss_signal in LAYERED_SIGNALS for entry in entries or []]
     if not (any(layered) or merged.hidden_weight or merged.attention_weight or merged.cosine_weight):
         raise ValueError(f"The progressive stage {stage.name!r} has no term that compares layers. Set hidden_weight or attention_weight.")
-    pairs = resolve_layer_map(merged.layer_map, depth, teacher_depth, seed=args.seed)
+    own = next((entry for entry, is_layered in zip(entries or [], layered) if is_layered and entry.get("layer_map") is not None), None)
+    if own is not None:
+        raise ValueError(
+            f"The progressive stage {stage.name!r} goes through the blocks itself, but its term {own['loss']!r} has the layer_map "
+            f"{own['layer_map']!r}, which would not be used. Set layer_map beside the objective."
+        )
+    pairs = resolve_layer_map(merged.layer_map, depth, teacher_depth, seed=args.seed, recorded=recorded)
     if [s for s, _ in pairs] != list(range(depth)):
         raise ValueError(
             f"The progressive stage {stage.name!r} trains block after block, but its layer_map {merged.layer_map!r} gives {pairs}, not one "
@@ -170,7 +193,7 @@ def expand_progressive(stage: Stage, args: DistillationTrainingArguments, depth:
             settings["cosine_layer_map"] = pair
         if entries:
             settings["objective"] = [{**entry, "layer_map": pair} if is_layered else entry for entry, is_layered in zip(entries, layered)]
-        frozen = [*(merged.frozen_parts or []), "head"]
+        frozen = [*(merged.frozen_parts or []), *(["head"] if head else [])]
         if block < depth - 1:
             frozen.append(f"blocks.{block + 1}-{depth - 1}")
         earlier = ["embeddings", *([f"blocks.0-{block - 1}"] if block else [])] if block else []
@@ -187,7 +210,7 @@ def expand_progressive(stage: Stage, args: DistillationTrainingArguments, depth:
 class StageRecord:
     """What one finished stage did, as written to `stage.json`.
 
-    `objective` is the stage's own as resolved, `settings` what differs from stage to stage: learning rate, rows per process, seed.
+    `objective` is the stage's own as resolved, `settings` what differs from stage to stage: learning rate, rows a step, seed.
     """
 
     name: str
@@ -201,6 +224,8 @@ class StageRecord:
     metrics: dict[str, float] = field(default_factory=dict)
     objective: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    assistant: bool = False
+    """Whether it trained a student of its own, not the run's."""
 
 
 def train_stages(
@@ -247,21 +272,28 @@ def train_stages(
     plans = [stage_arguments(args, stage, i, str(Path(args.output_dir) / f"{i}_{stage.name}")) for i, stage in enumerate(stages)]
     teachers = {"base": "base", **teachers}
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
-    records, previous, trainer = [], None, None  # previous: the last trainer of the run's own student
+
+    def set_up(stage, plan):
+        for name, p in model.named_parameters():
+            p.requires_grad_(trainable[name])
+        student = model if stage.student is None else build(stage.student)
+        return trainer_for(student, plan, datasets[stage.data], None if stage.teacher is None else teachers[stage.teacher])
+
+    for stage, plan in zip(stages, plans):  # what does not fit shows now, and not after the stages in front of it
+        trainer = set_up(stage, plan)
+        _release(trainer)
+        if stage.student is not None:
+            teachers[stage.name] = trainer.model
+    records, previous, trainer, mark = [], None, None, ""  # previous: the last trainer of the run's own student
     for stage, plan in zip(stages, plans):
-        if stage.student is None:
-            student = model
-            for name, p in model.named_parameters():
-                p.requires_grad_(trainable[name])
-        else:
-            student = build(stage.student)
         if trainer is not None:
             _release(trainer)
-        trainer = trainer_for(student, plan, datasets[stage.data], None if stage.teacher is None else teachers[stage.teacher])
+        trainer = set_up(stage, plan)
         carried = _carry_adapters(previous, trainer) if stage.carry_adapters and previous is not None else 0
         if plan.should_log:
             print(f"\n== Stage {len(records) + 1} of {len(stages)}: {stage.name}", flush=True)
-        records.append(_finish(stage, trainer, carried, metric))
+        mark = _mark(stage, plan, mark)
+        records.append(_finish(stage, trainer, carried, metric, mark))
         student = trainer.model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         if stage.student is not None:
             teachers[stage.name] = student.eval()
@@ -280,9 +312,12 @@ def _expand(stages: list[Stage], model, args, teachers, build) -> list[Stage]:
         if not isinstance(teacher, nn.Module) or stage.student is not None:
             raise ValueError(
                 f"The progressive stage {stage.name!r} needs a model as its teacher and trains the run's student, but its teacher is "
-                f"{stage.teacher!r}{' and it has a student of its own' if stage.student is not None else ''}."
+                f"{stage.teacher!r}{' and it has a student of its own' if stage.student is not None else ''}. Use one of the run's "
+                "teachers, or write its stages out, one a block, with layer_map and frozen_parts."
             )
-        expanded += expand_progressive(stage, args, find_blocks(model).depth, find_blocks(teacher).depth)
+        recorded = (getattr(unwrap_peft(model).config, "distilled_from", None) or {}).get("layers")
+        depths = find_blocks(model).depth, find_blocks(teacher).depth
+        expanded += expand_progressive(stage, args, *depths, has_head(model), recorded)
     return expanded
 
 
@@ -295,6 +330,10 @@ def _check_names(stages: list[Stage], datasets: Mapping, known: list[str], build
         if stage.student is not None:
             if build is None:
                 raise ValueError(f"Stage {stage.name!r} has a student of its own, but nothing says how to build it. Pass build=...")
+            if stage.name in (*known, "base"):
+                raise ValueError(
+                    f"The student of stage {stage.name!r} would take the place of the teacher {stage.name!r}. Give the stage another name."
+                )
             known.append(stage.name)
 
 
@@ -321,13 +360,25 @@ def _carry_adapters(previous: DistillationTrainer, trainer: DistillationTrainer)
     return len(same)
 
 
-def _finish(stage: Stage, trainer: DistillationTrainer, carried: int, metric: str | None) -> StageRecord:
+def _mark(stage: Stage, plan: DistillationTrainingArguments, before: str) -> str:
+    """A hash of what decides the weights after a stage, as far as the arguments say: its settings and those of the stages before."""
+    settings = {key: value for key, value in plan.to_dict().items() if not key.startswith(_PLACES)}
+    return hashlib.sha256(json.dumps([asdict(stage), settings, before], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _finish(stage: Stage, trainer: DistillationTrainer, carried: int, metric: str | None, mark: str) -> StageRecord:
     folder = Path(trainer.args.output_dir)
     if (folder / RECORD).is_file():
+        written = json.loads((folder / RECORD).read_text())
+        if written.pop("mark") != mark:
+            raise ValueError(
+                f"The finished stage in {str(folder)!r} was trained with other settings, or after other stages. Choose another output_dir, "
+                "or delete this folder and those of later stages."
+            )
         trainer._load_from_checkpoint(str(folder))
         if trainer.args.should_log:
             print(f"{stage.name} is finished already")
-        return StageRecord(**json.loads((folder / RECORD).read_text()))
+        return StageRecord(**written)
     checkpoint = last_whole_checkpoint(folder, trainer.accelerator.num_processes)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -338,16 +389,19 @@ def _finish(stage: Stage, trainer: DistillationTrainer, carried: int, metric: st
     if metric is not None and trains_logits and trainer.eval_dataset is not None and trainer.compute_metrics is not None:
         measured = trainer.evaluate()
         metrics = {name: measured[f"eval_{name}"] for name in [metric] if f"eval_{name}" in measured}
+    own = trainer.args
     record = StageRecord(
         stage.name, stage.data, stage.teacher, trainer.state.global_step, seconds,
         losses[0] if losses else None, losses[-1] if losses else None, carried, metrics, trainer.objective.describe(),
-        {name: getattr(trainer.args, name) for name in _SHOWN},
+        {"learning_rate": own.learning_rate, "rows_a_step": own.train_batch_size * own.gradient_accumulation_steps * own.world_size,
+         "seed": own.seed},
+        stage.student is not None,
     )  # fmt: skip
     trainer.save_model(str(folder))
     if trainer.args.should_save:
         save_side_file(folder, trainer.objective, trainer._record())
         partial = folder / f"{RECORD}.partial"
-        partial.write_text(json.dumps(asdict(record)))
+        partial.write_text(json.dumps({**asdict(record), "mark": mark}))
         os.replace(partial, folder / RECORD)
     trainer.accelerator.wait_for_everyone()
     return record
@@ -362,7 +416,7 @@ def stages_rows(records: Sequence[StageRecord]) -> list[dict[str, Any]]:
             "teacher": record.teacher,
             "steps": record.steps,
             "learning rate": f"{record.settings['learning_rate']:g}",
-            "rows a step": record.settings["per_device_train_batch_size"],
+            "rows a step": record.settings["rows_a_step"],
             "seconds": record.seconds,
             "first loss": record.first_loss,
             "last loss": record.last_loss,

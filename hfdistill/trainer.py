@@ -25,7 +25,7 @@ from .counting import TARGET_MASK, Denominators, count_units, labels_of
 from .hub import distillation_card
 from .models.anatomy import unwrap_peft
 from .models.layer_map import layer_map_table
-from .models.parts import freeze_parts, scale_learning_rates
+from .models.parts import freeze_parts, names_of_part, scale_learning_rates
 from .models.peft_student import wrap_student
 from .objective import Objective, Pairs, Part
 from .part_log import EvaluationParts, TrainingParts
@@ -36,6 +36,7 @@ from .preparation import (
     check_labels,
     check_separate,
     check_teacher,
+    freeze_unused_pooler,
     load_by_name,
     own_pooling,
     resolve_label_names,
@@ -163,6 +164,10 @@ class DistillationTrainer(Trainer):
         args = self.args
         if args.frozen_parts:
             freeze_parts(self.model, args.frozen_parts)
+        for part in args.learning_rate_scales or {}:
+            names_of_part(self.model, part)
+        if args.learning_rate_scales and self.optimizer is not None and self.objective is None:
+            raise ValueError("learning_rate_scales would have no effect on the optimizer you pass. Give it the groups, or leave one out.")
         terms = resolve_terms(args, self._given_terms)
         check_teacher(terms, self.teacher)
         if self.objective is not None:
@@ -192,6 +197,9 @@ class DistillationTrainer(Trainer):
             calibration=self._collate(args.calibration_samples) if "similar" in maps else None,
             fixed_maps=fixed_maps,
         ).to(args.device)
+        freeze_unused_pooler(self.student, self.objective)
+        if args.ddp_find_unused_parameters is None and not any(term.signal == "logits" for term in self.objective.terms.values()):
+            args.ddp_find_unused_parameters = True  # the head gets no gradient; Transformers' own choice depends on checkpointing
         known = labels is not None or getattr(getattr(teacher, "inner", None), "config", None) is not None
         if config is not None and known and self.objective.problem_type and getattr(config, "problem_type", None) is None:
             config.problem_type = self.objective.problem_type  # the stock forward pass would have set it; pipelines read it
@@ -243,6 +251,23 @@ class DistillationTrainer(Trainer):
                 self._move_model_to_device(model, self.args.device)
             self._bind()
         return model
+
+    def replace_student(self, model: nn.Module) -> None:
+        """From now on measures, saves and publishes `model`, such as the student with its PEFT adapters merged; it trains no more."""
+        old, self.model = self.student, model
+        self.student = Capture(model, "student", old.own_pooling)
+        self.student.run_pooling = old.run_pooling
+        example = self._collate(2)
+        if self.args.eval_with_teacher and example is not None:
+            self.student.require(self.objective.plans(self.objective.pairs_at(0), 1.0)[0].union(self.objective.answer_plan), example)
+        if not isinstance(self.teacher, AdaptersOffTeacher):  # which needs the student as it was
+            old.release()
+
+    def rest(self) -> None:
+        """Between passes of its own the trainer costs the two models nothing: no scores are computed for anybody."""
+        self.student.rest()
+        if isinstance(self.teacher, (FrozenTeacher, AdaptersOffTeacher)):
+            self.teacher.capture.rest()
 
     # ---- Training ----
 
@@ -541,3 +566,4 @@ class _ObjectiveCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer._window = None  # its counts belong to the last step alone
+        self.trainer.rest()

@@ -184,10 +184,6 @@ def main(recipe, args):
 
     arms = {"alone": [], "distilled": []}
     for seed in recipe.seeds:
-        if recipe.baselines:
-            run.say(f"Seed {seed}: student alone, {amount}")
-            trainer = trainer_for(student(seed), settings(f"alone_{seed}", seed=seed, **alone), rows)
-            arms["alone"].append(run.finish(f"alone_{seed}", trainer))
         run.say(f"Seed {seed}: student distilled, {amount}")
         built, name = student(seed, run.say if seed == recipe.seeds[0] else None), f"distilled_{seed}"
         if recipe.stages:
@@ -205,6 +201,11 @@ def main(recipe, args):
         else:
             arm = run.finish(name, trainer_for(built, settings(name, seed=seed), rows, pair.teacher))
         arms["distilled"].append(arm)
+        same = {"max_steps": arm.steps} if recipe.stages else {}
+        if recipe.baselines:
+            run.say(f"Seed {seed}: student alone, {amount}")
+            trainer = trainer_for(student(seed), settings(f"alone_{seed}", seed=seed, **{**alone, **same}), rows)
+            arms["alone"].append(run.finish(f"alone_{seed}", trainer))
 
     # ---- What came out ----
     baselines = {}
@@ -254,6 +255,10 @@ def check_recipe(recipe, args):
     if recipe.streaming:
         # The main process would read for all others and put their batches together, which must then be equally long.
         args.accelerator_config.dispatch_batches = False
+    if recipe.student_type == "distilbert" and recipe.use_peft:
+        raise ValueError(
+            "student_type='distilbert' rewrites the student's weights, and use_peft trains adapters on top of them. Leave one of both out"
+        )
     if recipe.student_type == "distilbert" and (recipe.model_name_or_path or recipe.language_model == "causal"):
         raise ValueError(
             "student_type='distilbert' writes a student built from a masked BERT teacher as a DistilBERT. Leave it out for a student given "

@@ -130,14 +130,6 @@ def main(recipe, args):
     # ---- Students: distilled; alone on the same answers; control on all answers of the teacher ----
     arms = {"alone": [], "control": [], "distilled": []}
     for seed in recipe.seeds:
-        if recipe.baselines:
-            run.say(f"Seed {seed}: student alone, {len(data.labelled)} questions with answers")
-            trainer = trainer_for(pair.student(seed), settings(f"alone_{seed}", seed=seed, **alone), labelled)
-            arms["alone"].append(run.finish(f"alone_{seed}", trainer))
-        if recipe.baselines and len(transfer):
-            run.say(f"Seed {seed}: control, student on the teacher's {len(data.teacher_train)} answers")
-            trainer = trainer_for(pair.student(seed), settings(f"control_{seed}", seed=seed, **alone), teacher_rows)
-            arms["control"].append(run.finish(f"control_{seed}", trainer))
         run.say(f"Seed {seed}: student distilled, {len(data.labelled)} questions with and {len(data.transfer)} without answers")
         student, name = pair.student(seed, run.say if seed == recipe.seeds[0] else None), f"distilled_{seed}"
         if recipe.stages:
@@ -155,6 +147,15 @@ def main(recipe, args):
         else:
             arm = run.finish(name, trainer_for(student, settings(name, seed=seed), mixed, pair.teacher))
         arms["distilled"].append(arm)
+        same = {"max_steps": arm.steps} if recipe.stages else {}
+        if recipe.baselines:
+            run.say(f"Seed {seed}: student alone, {len(data.labelled)} questions with answers")
+            trainer = trainer_for(pair.student(seed), settings(f"alone_{seed}", seed=seed, **{**alone, **same}), labelled)
+            arms["alone"].append(run.finish(f"alone_{seed}", trainer))
+        if recipe.baselines and len(transfer):
+            run.say(f"Seed {seed}: control, student on the teacher's {len(data.teacher_train)} answers")
+            trainer = trainer_for(pair.student(seed), settings(f"control_{seed}", seed=seed, **{**alone, **same}), teacher_rows)
+            arms["control"].append(run.finish(f"control_{seed}", trainer))
 
     # ---- What came out ----
     run.say("Sizes and latencies")

@@ -125,10 +125,6 @@ def main(recipe, args):
     # ---- Students: distilled on texts; alone on the pairs ----
     arms = {"alone": [], "distilled": []}
     for seed in recipe.seeds:
-        if recipe.baselines and len(pairs):
-            run.say(f"Seed {seed}: student alone, {len(pairs)} pairs")
-            trainer = trainer_for(pair.student(seed), settings(f"alone_{seed}", seed=seed, **alone), pairs)
-            arms["alone"].append(run.finish(f"alone_{seed}", trainer))
         run.say(f"Seed {seed}: student distilled, {len(transfer)} texts")
         student, name = pair.student(seed, run.say if seed == recipe.seeds[0] else None), f"distilled_{seed}"
         if recipe.stages:
@@ -146,6 +142,11 @@ def main(recipe, args):
         else:
             arm = run.finish(name, trainer_for(student, settings(name, seed=seed), transfer, pair.teacher))
         arms["distilled"].append(arm)
+        same = {"max_steps": arm.steps} if recipe.stages else {}
+        if recipe.baselines and len(pairs):
+            run.say(f"Seed {seed}: student alone, {len(pairs)} pairs")
+            trainer = trainer_for(pair.student(seed), settings(f"alone_{seed}", seed=seed, **{**alone, **same}), pairs)
+            arms["alone"].append(run.finish(f"alone_{seed}", trainer))
 
     # ---- What came out ----
     baselines = hfdistill.pair_baselines(data, headline) if recipe.baselines else {}

@@ -82,6 +82,12 @@ def main(recipe, args):
     check_keys(recipe.general_teacher_training, training, "general_teacher_training")
     use_cpu_threads(args, recipe.cpu_threads)
     recipe = with_task_defaults(recipe, args)
+    if recipe.prune_vocabulary:
+        raise ValueError("prune_vocabulary would give the two teachers and the student different tokens. Leave it out")
+    if recipe.general_teacher_training and recipe.general_teacher_name_or_path:
+        raise ValueError(
+            "general_teacher_training would have no effect: the general teacher is given by name and is not trained. Leave one of both out"
+        )
     teaches_general = recipe.teacher_model_name_or_path is None or recipe.augmentation_copies > 0 or uses(recipe, "teacher", "general")
     trains_general = teaches_general and recipe.general_teacher_name_or_path is None
 
@@ -89,6 +95,11 @@ def main(recipe, args):
     with args.main_process_first(desc="data"):
         data = load_data(recipe)
         corpus = load_corpus(recipe, data) if trains_general or uses(recipe, "data", "corpus") else None
+    if data.is_multi_label:
+        raise ValueError(
+            "The labels are lists: TinyBERT's prediction stage is defined for one label a text (and for scores). Use "
+            "recipes/text_classification.py, which takes several labels and has 'stages' too"
+        )
     sha = config_sha256((recipe, args))
     texts = data.fingerprint() + (corpus.fingerprint() if corpus else "")
     named = ("teacher_model_name_or_path", "general_teacher_name_or_path", "model_name_or_path", "tokenizer_name")
@@ -122,9 +133,8 @@ def main(recipe, args):
         general.complete(corpus.sample() if trains_general else (), max(corpus_length, recipe.max_seq_length))
     if corpus is not None:
         tokenizer = general.tokenizer if general else hfdistill.load_tokenizer(recipe.teacher_model_name_or_path)
-        with args.main_process_first(desc="corpus"):
-            corpus_rows = hfdistill.encode_corpus(corpus.train, tokenizer, corpus_length, streaming=corpus.streaming, seed=args.seed)
-            held_out_rows = hfdistill.encode_corpus(corpus.held_out, tokenizer, corpus_length)
+        corpus_rows = hfdistill.encode_corpus(corpus.train, tokenizer, corpus_length, streaming=corpus.streaming, seed=args.seed)
+        held_out_rows = hfdistill.encode_corpus(corpus.held_out, tokenizer, corpus_length)
     if trains_general:
         collator = hfdistill.MaskingCollator(general.tokenizer, seed=args.seed)
         asked = collator.mask_dataset(held_out_rows)
@@ -293,8 +303,6 @@ def label_config(data):
 
 
 def hidden_label(data):
-    if data.is_multi_label:
-        return [-100.0] * len(data.label_names)
     return float("nan") if data.is_regression else -100
 
 

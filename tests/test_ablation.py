@@ -19,6 +19,7 @@ class Recipe:
     baselines: bool = True
     allow_weak_teacher: bool = False
     stages: list | None = None
+    seeds: tuple = (0, 1)
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Arguments:
     cosine_weight: float = 1.0
     output_dir: str = "out"
     should_save: bool = True
+    push_to_hub: bool = True
 
 
 STAGES = [
@@ -101,7 +103,7 @@ def test_every_variant_runs_under_the_teacher_of_the_full_recipe_and_is_compared
     outcome = run_ablation(main, Recipe(), Arguments(), load_ablation(path), "the command")
     root = tmp_path / "out"
     assert [args.output_dir for _, args in calls] == [str(root / name) for name in ("full", "without_soft_targets", "random_start")]
-    assert calls[0][0] == Recipe()
+    assert calls[0][0] == Recipe() and not any(args.push_to_hub for _, args in calls)
     for recipe, _ in calls[1:]:
         assert recipe.teacher_model_name_or_path == str(root / "full/_arms/teacher")
         assert recipe.teacher_training is None and not recipe.baselines and recipe.allow_weak_teacher
@@ -146,3 +148,14 @@ def test_shipped_ablations_change_their_recipes(path):
     assert len(variants) >= 4 and all((one, other) != (recipe, args) for one, other in variants)
     for name in ablation["teachers"]:
         assert hasattr(recipe, name)
+
+
+@pytest.mark.parametrize(
+    "variants, words", [({"a b": {}, "a_b": {"kd_weight": 0.0}}, "share a folder"), ({"a": {"seeds": [3]}}, "changes the seeds")]
+)
+def test_what_could_not_be_compared_fails_before_the_full_run(tmp_path, variants, words):
+    def never(*_):
+        raise AssertionError("the full recipe was run")
+
+    with pytest.raises(ValueError, match=words):
+        run_ablation(never, Recipe(), Arguments(), load_ablation(settings(tmp_path, variants=variants)), "x")

@@ -25,10 +25,11 @@ class Stop(TrainerCallback):
 class Spy(TrainerCallback):
     """Keeps weights, adapters and learning rates at the beginning of a stage."""
 
-    def __init__(self):
-        self.trainer = None
+    def __init__(self, spies):
+        self.trainer, self.spies = None, spies
 
     def on_train_begin(self, args, state_, control, **kwargs):
+        self.spies.append(self)
         self.weights = state(self.trainer.model)
         self.adapters = {name: p.detach().clone() for name, p in self.trainer.objective.state_dict().items()}
         self.moments = len(self.trainer.optimizer.state_dict()["state"])
@@ -38,15 +39,13 @@ def maker(data, spies=None, stop=None):
     """A `trainer_for` that keeps a spy a stage and stops the stage called `stop[0]` after `stop[1]` steps."""
 
     def trainer_for(model, args, rows, teacher):
-        spy = Spy()
+        spy = Spy([] if spies is None else spies)
         callbacks = [spy] + ([Stop(stop[1])] if stop and args.output_dir.endswith(stop[0]) else [])
         trainer = DistillationTrainer(
             model, args, train_dataset=rows, eval_dataset=data, data_collator=pad, teacher=teacher, callbacks=callbacks,
             compute_metrics=lambda output: {"accuracy": float((output.predictions.argmax(-1) == output.label_ids).mean())},
         )  # fmt: skip
         spy.trainer = trainer
-        if spies is not None:
-            spies.append(spy)
         return trainer
 
     return trainer_for
@@ -139,7 +138,7 @@ def test_a_killed_run_goes_on_inside_its_stage_to_the_same_weights(tmp_path, sto
     for name, tensor in whole.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
     assert [record.steps for record in records] == [4, 3, 2]
-    assert [hasattr(spy, "weights") for spy in spies] == [i >= int(stop[0][0]) for i in range(3)]  # finished stages are not trained again
+    assert len(spies) == 3 - int(stop[0][0])  # finished stages are not trained again
     assert trainer.state.global_step == 2
 
 
@@ -175,6 +174,8 @@ def test_progressive_transfer_is_one_stage_a_block():
     ]
     with pytest.raises(ValueError, match="no term that compares layers"):
         expand_progressive(Stage("t", progressive=0.1, settings={"kd_weight": 1.0}), args, 2, 2)
+    headless = expand_progressive(Stage("t", progressive=0.1, settings={"hidden_weight": 1.0}), args, 2, 2, head=False)
+    assert headless[1].settings["frozen_parts"] == []
     with pytest.raises(ValueError, match="not one teacher block"):
         expand_progressive(Stage("t", progressive=0.1, settings={"hidden_weight": 1.0, "layer_map": "0:0"}), args, 2, 2)
 
@@ -233,6 +234,7 @@ def test_a_stage_with_its_own_student_teaches_later_ones(tmp_path):
         ([{"name": "a"}, {"name": "a"}], "Two stages are called 'a'"),
         ([{"name": "a", "learning_rat": 1.0}], "learning_rate"),
         ([{"name": "a", "output_dir": "x"}], "belongs to the whole run"),
+        ([{"name": "a", "teacher_dtype": "bfloat16"}], "belongs to the whole run"),
         ([{"name": "a b/c"}], "cannot name a folder"),
         ([{"name": "teacher"}], "cannot be called 'teacher'"),
         ([{"name": "a", "progressive": 2}], "from 0 \\(frozen\\) to 1"),
@@ -250,6 +252,7 @@ def test_stages_that_cannot_be(stages, words):
         ([{"name": "a", "data": "trian"}], "trains on data 'trian'.*train"),
         ([{"name": "a", "teacher": "assistent"}], "has the teacher 'assistent'"),
         ([{"name": "a", "student": {}}, {"name": "b"}], "nothing says how to build"),
+        ([{"name": "a", "progressive": 0.1, "objective": [{"loss": "hidden_mse", "layer_map": "0:1"}]}], "which would not be used"),
         ([{"name": "a", "teacher": "none", "progressive": 0.1, "hidden_weight": 1.0}], "needs a model as its teacher"),
     ],
 )
@@ -268,6 +271,33 @@ def test_records_are_plain_json(tmp_path):
     written = [json.loads((tmp_path / f"{i}_{record.name}/stage.json").read_text()) for i, record in enumerate(records)]
     assert [entry["first_loss"] for entry in written] == [record.first_loss for record in records]
     assert all(entry["seconds"] > 0 for entry in written)
+
+
+def test_a_finished_stage_with_other_settings_is_refused(tmp_path):
+    three_stages(tmp_path)
+    changed = [TINYBERT[0], {**TINYBERT[1], "learning_rate": 1e-4}, TINYBERT[2]]
+    student, teacher, general = models()
+    options = dict(datasets={"train": ragged("bert"), "corpus": ragged("bert", seed=5)}, teachers={"teacher": teacher, "general": general})
+    with pytest.raises(ValueError, match="1_intermediate.*other settings"):
+        train_stages(changed, student, arguments(tmp_path, **RUN), trainer_for=maker(ragged("bert")), **options)
+
+
+def test_what_does_not_fit_in_a_later_stage_fails_before_the_first_is_trained(tmp_path):
+    student, teacher, _ = models()
+    before, spies = state(student), []
+    stages = [{"name": "hints", "hidden_weight": 1.0}, {"name": "last", "kd_weight": 1.0, "frozen_parts": ["blocks.9"]}]
+    with pytest.raises(ValueError, match="blocks 0 to 1"):
+        train_stages(
+            stages, student, arguments(tmp_path), datasets={"train": ragged("bert")}, teachers={"teacher": teacher},
+            trainer_for=maker(ragged("bert"), spies),
+        )  # fmt: skip
+    assert not spies and all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+
+
+def test_frozen_parts_of_the_run_hold_in_every_stage_that_names_none():
+    args = arguments("unused", frozen_parts=["embeddings"])
+    assert stage_arguments(args, Stage("a"), 0, "x").frozen_parts == ["embeddings"]
+    assert stage_arguments(args, Stage("a", settings={"frozen_parts": ["head"]}), 0, "x").frozen_parts == ["head"]
 
 
 def test_card_and_results_show_the_objective_of_every_stage(tmp_path):

@@ -60,6 +60,12 @@ def names_of_part(model: nn.Module, part: str) -> list[str]:
     return found
 
 
+def has_head(model: nn.Module) -> bool:
+    """Whether a model has parameters behind its blocks."""
+    inside = {id(p) for module in find_blocks(model).modules for p in module.parameters()}
+    return id(list(model.parameters())[-1]) not in inside
+
+
 def freeze_parts(model: nn.Module, parts: Iterable[str]) -> list[str]:
     """Takes the parameters of `parts` out of training and returns their names.
 
