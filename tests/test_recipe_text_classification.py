@@ -502,11 +502,11 @@ def test_several_labels_a_text(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in part))
     files = ["--train_file", str(tmp_path / "train.jsonl"), "--validation_file", str(tmp_path / "validation.jsonl")]
     tiny = json.dumps({"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16})
-    flags = [
-        *files, "--cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "run"), "--teacher_config", tiny, "--vocab_size", "120",
-        "--student_layers", "1", "--max_steps", "3", "--learning_rate", "1e-3", "--seeds", "0", "--labelled_rows", "24", "--disable_tqdm", "true",
-        "--allow_weak_teacher", "true", "--save_strategy", "no",
-    ]  # fmt: skip
+    flags = [*files, "--cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "run"), "--teacher_config", tiny]
+    flags += (
+        "--vocab_size 120 --student_layers 1 --max_steps 3 --learning_rate 1e-3 --seeds 0 --labelled_rows 24 --disable_tqdm true "
+        "--allow_weak_teacher true --save_strategy no"
+    ).split()
     results = run(*flags)
     assert results["metric"] == "f1" and 0 <= results["student_distilled"]["f1"]["mean"] <= 1
     assert {term["loss"] for term in results["objective"]} == {"task", "binary_soft_targets"}
