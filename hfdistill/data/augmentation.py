@@ -126,8 +126,6 @@ def augment_texts(
     folder = Path(cache_dir, f"augmented-{_fingerprint(rows, text_columns, model, tokenizer, settings)[:32]}")
     if not folder.is_dir():
         proposer = Proposer(model, tokenizer, candidates, batch_size, neighbours, stop_words, max_length)
-        for left in folder.parent.glob(f"{folder.name}.*"):  # of a run that was killed while it wrote
-            shutil.rmtree(left, ignore_errors=True)
         aside = folder.with_name(f"{folder.name}.{os.getpid()}")
         _augment(rows, text_columns, proposer, copies, probability, seed).save_to_disk(aside)
         try:
