@@ -167,7 +167,7 @@ def main(recipe, args):
 
 
 LIMITS = """A demonstration: documentation repeats words of its first sentence, and cosines of TF-IDF word vectors find it better than
-encoders of this size that have seen a few hundred pairs. Near-duplicates among documents are not grouped."""
+encoders of this size that have seen some hundred pairs. Near-duplicates among documents are not grouped."""
 
 
 def resolve_encoder(recipe, args):

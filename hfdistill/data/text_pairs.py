@@ -77,12 +77,13 @@ def load_embedded_pairs(
     """The default task: which documentation goes on from this first sentence? Python's standard library, no network.
 
     A fifth of the pairs is the test part. Of the others, half (A) are the pairs that a teacher from scratch and the student
-    alone are trained on; the texts of A and of the other half (B), without their partners, are the transfer texts. So the
-    student hears its teacher on texts that its teacher has never seen. Near-duplicates among documents are not grouped.
+    alone are trained on; the texts of A and of the other half (B), without their partners, and paragraphs of the language
+    reference are the transfer texts. So the student hears its teacher on texts that its teacher has never seen.
+    Near-duplicates among documents are not grouped.
 
     Args:
         seed: of the split, not of any training.
-        max_train_samples: pairs of A, and texts of A and B, that are used.
+        max_train_samples: pairs of A, and transfer texts, that are used.
         max_eval_samples: pairs of the test part that are used.
         root: as in [`load_stdlib_docs`].
 
@@ -96,12 +97,12 @@ def load_embedded_pairs(
     held_out = round(TEST_SHARE * len(pairs))
     test, rest = pairs[:held_out], pairs[held_out:]
     ours = rest[: round(TEACHER_SHARE * len(rest))]
-    texts = [text for pair in rest for text in pair]
+    texts = [*(text for pair in rest for text in pair), *load_topics_paragraphs()]
     return TextPairs(
         first_rows(_dataset(ours), max_train_samples),
         first_rows(Dataset.from_dict({"text": texts}), max_train_samples),
         {"test": first_rows(_dataset(test), max_eval_samples)},
-        vocabulary_texts=[*texts, *load_topics_paragraphs()],
+        vocabulary_texts=texts,
         description="first sentence to rest of docstrings of the Python standard library (embedded, no network)",
         embedded=True,
     )

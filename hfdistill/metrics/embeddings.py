@@ -37,8 +37,8 @@ def retrieval_metrics(scores: Any, cutoffs: Sequence[int] = (1, 10)) -> dict[str
         ValueError: for scores that are not finite, or fewer documents than queries.
 
     Example:
-        >>> retrieval_metrics([[0.9, 0.1, 0.0], [0.8, 0.7, 0.1], [0.0, 0.0, 0.0]])
-        {'recall_at_1': 0.3333333333333333, 'recall_at_10': 1.0, 'mrr_at_10': 0.6111111111111112}
+        >>> retrieval_metrics([[0.9, 0.1], [0.8, 0.7]])
+        {'recall_at_1': 0.5, 'recall_at_10': 1.0, 'mrr_at_10': 0.75}
     """
     scores = _array(scores).astype(np.float64)
     if scores.ndim != 2 or not 0 < scores.shape[0] <= scores.shape[1] or not np.isfinite(scores).all():

@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 
 from hfdistill import PairCollator, encode_pairs, encode_sentences, load_embedded_pairs, load_named_pairs, train_wordpiece
+from hfdistill.data.stdlib_docs import load_topics_paragraphs
 from hfdistill.data.text_pairs import docstring_pairs
 
 
@@ -42,13 +43,15 @@ def test_repeated_halves_are_dropped():
 def test_embedded_parts(data):
     pairs = list(zip(data.pairs["query"], data.pairs["document"]))
     test = data.evaluation["test"]
-    held_out, transfer = {*test["query"], *test["document"]}, data.transfer["text"][:]
+    held_out, paragraphs = {*test["query"], *test["document"]}, load_topics_paragraphs()
+    transfer = data.transfer["text"][: -len(paragraphs)]
     assert data.embedded and list(data.evaluation) == ["test"] and "score" not in test.column_names
     total = len(test) + len(transfer) // 2
     assert total > 1000 and len(test) == round(total / 5) and len(pairs) == pytest.approx(0.4 * total, abs=1)
     assert len({*transfer}) == len(transfer)
     assert {text for pair in pairs for text in pair} < {*transfer}
-    assert not held_out & {*transfer} and not held_out & {*data.vocabulary_texts}
+    assert data.transfer["text"][-len(paragraphs) :] == paragraphs
+    assert not held_out & {*data.transfer["text"]} and not held_out & {*data.vocabulary_texts}
     for query, document in pairs[:200]:
         assert query[-1] in ".!?" and min(len(query.split()), len(document.split())) >= 5
 
@@ -69,7 +72,7 @@ def test_embedded_is_the_same_every_time(sources):
     data, again, other = (load_embedded_pairs(seed, root=sources) for seed in (0, 0, 1))
     few = load_embedded_pairs(max_train_samples=7, max_eval_samples=5, root=sources)
     assert again.fingerprint() == data.fingerprint() != other.fingerprint()
-    assert [len(part) for part in (data.pairs, data.transfer, data.evaluation["test"])] == [16, 64, 8]
+    assert [len(part) for part in (data.pairs, data.transfer, data.evaluation["test"])] == [16, 64 + len(load_topics_paragraphs()), 8]
     assert len(few.pairs) == len(few.transfer) == 7 and len(few.evaluation["test"]) == 5
     assert few.evaluation["test"]["query"][:] == data.evaluation["test"]["query"][:5]
     assert data.fingerprint() != few.fingerprint()
