@@ -501,7 +501,7 @@ def test_an_output_folder_that_holds_another_run(tmp_path):
     first.finish("alone", trainer)
     Run(arguments(folder), "a" * 64)
     text = (
-        f"output_dir {str(folder)!r} holds a run with other settings, data or checkpoints (run aaaaaaaaaaaa, this one is bbbbbbbbbbbb): "
+        f"output_dir {str(folder)!r} holds a run with other settings, data, checkpoints or processes (run aaaaaaaaaaaa, this one is bbbbbbbbbbbb): "
         "going on would mix the two. Choose another --output_dir, or pass --overwrite_output_dir true to start anew."
     )
     with pytest.raises(ValueError, match=message(text)):

@@ -309,13 +309,13 @@ def test_other_data_in_the_same_file_is_another_run(tmp_path, pair_files):
     with open(pair_files[0]) as file:
         rows = list(csv.reader(file))
     write_csv(tmp_path / "train.csv", rows[:1] + rows[:0:-1])
-    with pytest.raises(ValueError, match="holds a run with other settings, data or checkpoints"):
+    with pytest.raises(ValueError, match="holds a run with other settings, data, checkpoints or processes"):
         run(*flags)
     run(*flags, "--overwrite_output_dir", "true")
     run(*flags)  # the flag is no setting
     settings_of = tmp_path / "teacher/tokenizer_config.json"
     settings_of.write_text(settings_of.read_text().replace("{", '{"truncation_side": "left",', 1))
-    with pytest.raises(ValueError, match="holds a run with other settings, data or checkpoints"):
+    with pytest.raises(ValueError, match="holds a run with other settings, data, checkpoints or processes"):
         run(*flags)
 
 

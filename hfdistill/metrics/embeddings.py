@@ -37,7 +37,7 @@ def retrieval_metrics(scores: Any, cutoffs: Sequence[int] = (1, 10)) -> dict[str
         ValueError: for scores that are not finite, or fewer documents than queries.
 
     Example:
-        >>> retrieval_metrics([[0.9, 0.1], [0.8, 0.7]])
+        >>> {name: round(value, 4) for name, value in retrieval_metrics([[0.9, 0.1], [0.8, 0.7]]).items()}
         {'recall_at_1': 0.5, 'recall_at_10': 1.0, 'mrr_at_10': 0.75}
     """
     scores = _array(scores).astype(np.float64)

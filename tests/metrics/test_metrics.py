@@ -128,7 +128,9 @@ def test_unknown_names():
 def test_every_name_loads():
     from hfdistill.metrics.local import LOCAL_METRICS
 
-    assert tuple(LOCAL_METRICS) == METRIC_NAMES
+    assert (*LOCAL_METRICS, "squad", "squad_v2") == METRIC_NAMES
+    for name in METRIC_NAMES:
+        assert load_metric(name, "mrpc" if name == "glue" else None).compute is not None
 
 
 def test_as_compute_metrics_of_trainer():
