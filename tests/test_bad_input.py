@@ -501,8 +501,8 @@ def test_an_output_folder_that_holds_another_run(tmp_path):
     first.finish("alone", trainer)
     Run(arguments(folder), "a" * 64)
     text = (
-        f"output_dir {str(folder)!r} holds a run with other settings, data, checkpoints or processes (run aaaaaaaaaaaa, this one is bbbbbbbbbbbb): "
-        "going on would mix the two. Choose another --output_dir, or pass --overwrite_output_dir true to start anew."
+        f"output_dir {str(folder)!r} holds a run with other settings, data, checkpoints or processes (run aaaaaaaaaaaa, this one is "
+        "bbbbbbbbbbbb): going on would mix the two. Choose another --output_dir, or pass --overwrite_output_dir true to start anew."
     )
     with pytest.raises(ValueError, match=message(text)):
         Run(arguments(folder), "b" * 64)
