@@ -79,6 +79,11 @@ class ModelPair:
         return getattr(transformers, AUTO_CLASSES[self.task])
 
     @property
+    def token_types(self) -> bool | None:
+        """True where the teacher reads segments, which a student's own tokenizer may leave out; `None` leaves it to the tokenizer."""
+        return True if getattr(self.teacher.config, "type_vocab_size", 0) > 1 else None
+
+    @property
     def needs_teacher_training(self) -> bool:
         return not self.teacher_is_given or bool(self.recipe.teacher_training)
 

@@ -72,7 +72,13 @@ def main(recipe, args):
 
     def encode(split):
         return hfdistill.encode_texts(
-            split, pair.tokenizer, data.text_columns, recipe.max_seq_length, recipe.pad_to_max_length, recipe.preprocessing_num_workers
+            split,
+            pair.tokenizer,
+            data.text_columns,
+            recipe.max_seq_length,
+            recipe.pad_to_max_length,
+            recipe.preprocessing_num_workers,
+            pair.token_types,
         )
 
     with args.main_process_first(desc="tokenizing"):

@@ -166,7 +166,12 @@ def main(recipe, args):
 
     def encode(split):
         return hfdistill.encode_texts(
-            split, pair.tokenizer, data.text_columns, recipe.max_seq_length, num_proc=recipe.preprocessing_num_workers
+            split,
+            pair.tokenizer,
+            data.text_columns,
+            recipe.max_seq_length,
+            num_proc=recipe.preprocessing_num_workers,
+            return_token_type_ids=pair.token_types,
         )
 
     with args.main_process_first(desc="tokenizing"):

@@ -512,3 +512,36 @@ def test_several_labels_a_text(tmp_path):
     assert {term["loss"] for term in results["objective"]} == {"task", "binary_soft_targets"}
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["problem_type"] == "multi_label_classification" and set(config["label2id"]) == {"red", "green", "big"}
+
+
+def test_a_bert_teacher_gets_its_segments_under_a_distilbert_student(tmp_path, monkeypatch):
+    """The student's tokenizer leaves token_type_ids out; without them the teacher would read both texts of a pair as the first."""
+    import families
+    from transformers import AutoTokenizer
+
+    from hfdistill import DistillationTrainer, train_wordpiece
+
+    tokenizer = train_wordpiece(["the rose is red and the leaf is green"] * 3, vocab_size=60)
+    for family, name in (("bert", "teacher"), ("distilbert", "student")):
+        families.build(family, 2, vocab_size=len(tokenizer), num_labels=2).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    settings_file = tmp_path / "student/tokenizer_config.json"
+    own = {**json.loads(settings_file.read_text()), "model_input_names": ["input_ids", "attention_mask"]}
+    settings_file.write_text(json.dumps(own))
+    assert "token_type_ids" not in AutoTokenizer.from_pretrained(tmp_path / "student")("the rose", "red")
+    rows = [{"sentence1": "the rose", "sentence2": "is red", "label": i % 2} for i in range(8)]
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    seen, train = [], DistillationTrainer.train
+
+    def noted(self, *args, **kwargs):
+        teacher = self.teacher.model if self.teacher is not None else None
+        if teacher is not None:
+            teacher.register_forward_pre_hook(lambda _m, _a, inputs: seen.append(inputs.get("token_type_ids")), with_kwargs=True)
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(DistillationTrainer, "train", noted)
+    file = str(tmp_path / "train.jsonl")
+    flags = ["--train_file", file, "--validation_file", file, "--cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "run")]
+    flags += ["--teacher_model_name_or_path", str(tmp_path / "teacher"), "--model_name_or_path", str(tmp_path / "student")]
+    run(*flags, *"--max_steps 1 --seeds 0 --baselines false --allow_weak_teacher true --disable_tqdm true --save_strategy no".split())
+    assert seen and all(ids is not None and ids[0].unique().tolist() == [0, 1] for ids in seen)

@@ -226,16 +226,32 @@ def _refuse_new(known: list, values: list) -> None:
         raise ValueError(f"The evaluation data has labels that the training data lacks: {unknown[:5]}. Correct the split.")
 
 
-def encode_texts(split, tokenizer, text_columns, max_seq_length: int | None = None, pad_to_max_length: bool = False, num_proc=None):
+def encode_texts(
+    split,
+    tokenizer,
+    text_columns,
+    max_seq_length: int | None = None,
+    pad_to_max_length: bool = False,
+    num_proc: int | None = None,
+    return_token_type_ids: bool | None = None,
+):
     """Tokenised split with `labels`; the text columns are dropped. Padding is left to the collator unless asked for.
 
     Args:
         max_seq_length: tokens per row; longer texts are cut. Default: the model's limit.
+        return_token_type_ids: also give `token_type_ids`, for a teacher that reads them under a student whose tokenizer leaves them
+            out (DistilBERT). Default: what the tokenizer gives.
     """
 
     def encode(rows):
         texts = [rows[column] for column in text_columns]
-        return tokenizer(*texts, truncation=True, max_length=max_seq_length, padding="max_length" if pad_to_max_length else False)
+        return tokenizer(
+            *texts,
+            truncation=True,
+            max_length=max_seq_length,
+            padding="max_length" if pad_to_max_length else False,
+            return_token_type_ids=return_token_type_ids,
+        )
 
     encoded = split.map(
         encode, batched=True, num_proc=num_proc, remove_columns=[c for c in split.column_names if c != "label"], desc="Tokenizing"
