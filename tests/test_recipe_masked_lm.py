@@ -17,6 +17,9 @@ from hfdistill import DistillationTrainer, resolve_layer_map
 from hfdistill.cli import parse
 
 
+pytestmark = pytest.mark.slow  # the file takes about a minute; tests of its parts are quick
+
+
 CONFIG = str(ROOT / "recipes/configs/masked_lm/stdlib_bert_triple.yaml")
 SMALL = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "hidden_dropout_prob": 0.0}
 SMALL_GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 2, "n_inner": 16}

@@ -10,6 +10,9 @@ from safetensors.torch import load_file
 from hfdistill.cli import parse
 
 
+pytestmark = pytest.mark.slow  # the file takes about a minute; tests of its parts are quick
+
+
 SMALL = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
 
 

@@ -16,6 +16,9 @@ from hfdistill import load_embedded_pairs, save_sentence_encoder, score_embeddin
 from hfdistill.cli import parse
 
 
+pytestmark = pytest.mark.slow  # the file takes about a minute; tests of its parts are quick
+
+
 CONFIG = str(ROOT / "recipes/configs/sentence_embedding/stdlib_bert_mse.yaml")
 QUICK = ["--max_steps", "3", "--max_seq_length", "12", "--vocab_size", "600", "--seeds", "0", "--disable_tqdm", "true"]
 QUICK += ["--logging_steps", "1", "--per_device_train_batch_size", "8", "--max_train_samples", "40", "--max_eval_samples", "30"]

@@ -19,6 +19,9 @@ from hfdistill import resolve_layer_map, train_wordpiece
 from hfdistill.cli import parse
 
 
+pytestmark = pytest.mark.slow  # the file takes about a minute; tests of its parts are quick
+
+
 CONFIGS = ROOT / "recipes/configs/tinybert"
 QUICK = [
     *("--max_seq_length", "16", "--vocab_size", "600", "--max_train_samples", "40", "--max_eval_samples", "30"),
