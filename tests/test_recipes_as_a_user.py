@@ -23,7 +23,7 @@ MODERNBERT = {
     "model_type": "modernbert", "local_attention": 6, "layer_types": ["full_attention", "sliding_attention"],
     "bos_token_id": 2, "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3,
 }  # fmt: skip
-STEPS, SAVE, KILL = 30, 3, 9
+STEPS, SAVE, KILL = 12, 2, 4
 
 # recipe -> (config, Auto class of the student, changes of its own, the stage that is killed: by default the last)
 RECIPES = {
