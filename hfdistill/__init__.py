@@ -13,7 +13,7 @@ __version__ = "0.1.0.dev0"
 
 _NAMES = {
     "trainer": ("DistillationTrainer",),
-    "arguments": ("TEACHER_WEIGHTS", "DistillationTrainingArguments"),
+    "arguments": ("TEACHER_WEIGHTS", "WITHOUT_TEACHER", "DistillationTrainingArguments"),
     "models.student": ("build_student", "copy_weights"),
     "models.distilbert": ("to_distilbert",),
     "models.layer_map": ("LAYER_MAPS", "resolve_layer_map"),
@@ -53,8 +53,8 @@ _NAMES = {
     "schedules": ("Schedule", "resolve_schedule"),
     "data.augmentation": ("AUGMENTATION_COPIES", "augment_texts"),
     "data.stdlib_docs": ("load_stdlib_docs", "load_stdlib_docs_splits"),
-    "data.splits": ("match_labels",),
-    "data.text": ("TextData", "encode_texts", "load_embedded", "load_named"),
+    "data.splits": ("match_labels", "named_files"),
+    "data.text": ("TextData", "encode_texts", "load_embedded", "load_named", "load_text_data"),
     "data.token_collator": ("TokenCollator",),
     "data.token_data": ("TokenData", "encode_tokens", "load_embedded_tokens", "load_named_tokens", "reads_words_apart"),
     "data.byte_level": ("train_byte_level",),
@@ -84,7 +84,11 @@ _NAMES = {
         "tag_metric_function",
     ),
     "metrics.embeddings": (
-        "embedding_metrics", "retrieval_agreement", "retrieval_metrics", "score_embeddings", "similarity_metrics",
+        "embedding_metrics",
+        "retrieval_agreement",
+        "retrieval_metrics",
+        "score_embeddings",
+        "similarity_metrics",
     ),  # fmt: skip
     "metrics.language_model": ("language_model_scores", "pseudo_perplexity", "token_accuracy"),
     "metrics.ngrams": ("NgramBaselines",),
@@ -93,11 +97,13 @@ _NAMES = {
     "baselines": ("chance_level", "linear_baselines", "majority_share", "pair_baselines", "tfidf_logistic_regression", "window_baselines"),
     "peft_arguments": ("PeftArguments",),
     "export": ("merged_student",),
-    "recipe_arguments": ("RecipeArguments", "recipe_field"),
+    "recipe_arguments": ("RecipeArguments", "TextDataArguments", "recipe_field"),
     "model_pair": ("ModelPair",),
-    "stages": ("Stage", "StageRecord", "train_stages"),
+    "stages": ("Stage",),
+    "stage_training": ("StageRecord", "train_stages"),
     "ablation": ("load_ablation", "run_ablation"),
-    "runs": ("Arm", "Run", "compare_arms", "refuse_weak_teacher", "run_fingerprint"),
+    "runs": ("Arm", "Comparison", "Run", "open_run", "run_fingerprint"),
+    "comparison": ("compare_arms", "refuse_weak_teacher"),
     "benchmark": ("measure_model",),
     "plots": ("plot_results",),
     "report": ("results_table", "summarise", "write_results"),
@@ -112,6 +118,7 @@ if TYPE_CHECKING:  # the table above, for type checkers and editors; tests/test_
     from .alignment import resolve_vocabulary as resolve_vocabulary
     from .alignment import teacher_token_ids as teacher_token_ids
     from .arguments import TEACHER_WEIGHTS as TEACHER_WEIGHTS
+    from .arguments import WITHOUT_TEACHER as WITHOUT_TEACHER
     from .arguments import DistillationTrainingArguments as DistillationTrainingArguments
     from .baselines import chance_level as chance_level
     from .baselines import linear_baselines as linear_baselines
@@ -123,6 +130,8 @@ if TYPE_CHECKING:  # the table above, for type checkers and editors; tests/test_
     from .binding import build_objective as build_objective
     from .capture import Capture as Capture
     from .cli import parse as parse
+    from .comparison import compare_arms as compare_arms
+    from .comparison import refuse_weak_teacher as refuse_weak_teacher
     from .data.answers import AnswerScorer as AnswerScorer
     from .data.answers import answer_references as answer_references
     from .data.answers import answer_texts as answer_texts
@@ -145,6 +154,7 @@ if TYPE_CHECKING:  # the table above, for type checkers and editors; tests/test_
     from .data.spans import load_embedded_spans as load_embedded_spans
     from .data.spans import load_named_spans as load_named_spans
     from .data.splits import match_labels as match_labels
+    from .data.splits import named_files as named_files
     from .data.stdlib_docs import load_stdlib_docs as load_stdlib_docs
     from .data.stdlib_docs import load_stdlib_docs_splits as load_stdlib_docs_splits
     from .data.stdlib_questions import load_stdlib_questions as load_stdlib_questions
@@ -153,6 +163,7 @@ if TYPE_CHECKING:  # the table above, for type checkers and editors; tests/test_
     from .data.text import encode_texts as encode_texts
     from .data.text import load_embedded as load_embedded
     from .data.text import load_named as load_named
+    from .data.text import load_text_data as load_text_data
     from .data.text_pairs import TextPairs as TextPairs
     from .data.text_pairs import load_embedded_pairs as load_embedded_pairs
     from .data.text_pairs import load_named_pairs as load_named_pairs
@@ -221,14 +232,15 @@ if TYPE_CHECKING:  # the table above, for type checkers and editors; tests/test_
     from .peft_arguments import PeftArguments as PeftArguments
     from .plots import plot_results as plot_results
     from .recipe_arguments import RecipeArguments as RecipeArguments
+    from .recipe_arguments import TextDataArguments as TextDataArguments
     from .recipe_arguments import recipe_field as recipe_field
     from .report import results_table as results_table
     from .report import summarise as summarise
     from .report import write_results as write_results
     from .runs import Arm as Arm
+    from .runs import Comparison as Comparison
     from .runs import Run as Run
-    from .runs import compare_arms as compare_arms
-    from .runs import refuse_weak_teacher as refuse_weak_teacher
+    from .runs import open_run as open_run
     from .runs import run_fingerprint as run_fingerprint
     from .schedules import Schedule as Schedule
     from .schedules import resolve_schedule as resolve_schedule
@@ -236,9 +248,9 @@ if TYPE_CHECKING:  # the table above, for type checkers and editors; tests/test_
     from .sentence_encoder import read_sentence_encoder as read_sentence_encoder
     from .sentence_encoder import save_sentence_encoder as save_sentence_encoder
     from .signals import Signals as Signals
+    from .stage_training import StageRecord as StageRecord
+    from .stage_training import train_stages as train_stages
     from .stages import Stage as Stage
-    from .stages import StageRecord as StageRecord
-    from .stages import train_stages as train_stages
     from .teachers import AdaptersOffTeacher as AdaptersOffTeacher
     from .teachers import CallableTeacher as CallableTeacher
     from .teachers import FrozenTeacher as FrozenTeacher

@@ -25,6 +25,8 @@ WEIGHTS = (
 )
 TEACHER_WEIGHTS = WEIGHTS[1:]
 """Names of the weights of terms that need a teacher; all of them at 0 make a plain Trainer."""
+WITHOUT_TEACHER = {"task_weight": 1.0, "objective": None, "schedules": None, **dict.fromkeys(TEACHER_WEIGHTS, 0.0)}
+"""Training arguments of a model that learns from labels alone."""
 SCHEDULED = (*WEIGHTS, "temperature")
 
 

@@ -276,6 +276,27 @@ def check_keys(block: Mapping[str, Any] | None, known: typing.Iterable[str], whe
             raise ValueError(f"unknown key {key!r} in {where}.{did_you_mean(key, known)} It would have no effect")
 
 
+def begin(recipe: Any, args: Any) -> None:
+    """What every recipe does first: refuses settings that would have no effect, and sets the threads.
+
+    Args:
+        recipe: `RecipeArguments`; its blocks of training arguments (`..._training`) are checked.
+        args: `DistillationTrainingArguments`.
+
+    Raises:
+        ValueError: for `resume_from_checkpoint`, and for unknown keys of the blocks.
+    """
+    if args.resume_from_checkpoint:
+        raise ValueError(
+            "resume_from_checkpoint is not needed: start the same command again, and arms that were killed go on where they were"
+        )
+    known = args.to_dict().keys() - {"output_dir", "push_to_hub"}
+    for field in dataclasses.fields(recipe):
+        if field.name.endswith("_training"):
+            check_keys(getattr(recipe, field.name), known, field.name)
+    use_cpu_threads(args, recipe.cpu_threads)
+
+
 def use_cpu_threads(args: Any, threads: int | None = None) -> None:
     """Gives each process its share of the cores when training on CPU.
 

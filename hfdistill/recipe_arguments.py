@@ -65,3 +65,20 @@ class RecipeArguments(PeftArguments):
         None, "Threads of each process on CPU. Default: all cores, shared among processes; `accelerate launch` alone would leave one."
     )
     overwrite_output_dir: bool = _(False, "Start anew in an output_dir that holds another run.")
+
+
+@dataclass
+class TextDataArguments(RecipeArguments):
+    """The data of a text classification recipe beside its models: see [`load_text_data`]."""
+
+    task_name: str | None = _(None, "A GLUE task: cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb or wnli.")
+    dataset_name: str | None = _(None, "A data set on the Hub.")
+    dataset_config_name: str | None = _(None, "Its configuration.")
+    train_file: str | None = _(None, "Training data: csv, tsv, json, jsonl or parquet.")
+    validation_file: str | None = _(None, "Held-out data, as train_file.")
+    test_file: str | None = _(None, "Held-out data where there is no validation_file.")
+    text_column_names: list[str] = _(list, "One or two text columns.")
+    label_column_name: str | None = _(None, "Column of the labels.")
+    labelled_rows: int | None = _(
+        None, "Training rows whose label the student sees; the others are transfer text, on which it hears the teacher."
+    )

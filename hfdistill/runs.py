@@ -6,28 +6,21 @@ import hashlib
 import json
 import os
 import shutil
-import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .baselines import majority_share
-from .benchmark import count_parameters, interleaved_latency, size_on_disk
-from .capture import Capture
 from .checkpoints import last_whole_checkpoint
 from .export import merged_student
-from .metrics import agreement, gap_closed
-from .models.anatomy import task_of
 from .models.peft_student import is_peft_student
 from .plots import plot_results
-from .report import print_table, results_rows, summarise, versions, write_results
+from .report import print_table, results_rows, write_results
 from .run_card import staged_card
-from .stages import staged_objective, stages_rows, train_stages
+from .stage_training import stages_rows, train_stages
 from .trainer import DistillationTrainer
 
 
@@ -66,6 +59,25 @@ class Arm:
     @property
     def model(self):
         return self.trainer.model
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a distilled student is compared with: a student of the same first weights, trained for as many steps on something else.
+
+    Attributes:
+        title: what is trained on what, for the log.
+        rows: the training data.
+        changes: training arguments that differ from those of the distilled student.
+        teacher: `None` for a student without one.
+        steps: instead of those of the distilled student.
+    """
+
+    title: str
+    rows: Any
+    changes: Mapping[str, Any]
+    teacher: Any = None
+    steps: int | None = None
 
 
 class Run:
@@ -124,6 +136,10 @@ class Run:
     def folder(self, arm: str) -> str:
         return str(self.root / ARMS / arm)
 
+    def settings(self, arm: str, **changes) -> Any:
+        """The training arguments of one arm."""
+        return replace(self.args, output_dir=self.folder(arm), push_to_hub=False, **changes)
+
     def say(self, text: str) -> None:
         """A heading between progress bars, on the main process."""
         if self.args.should_log:
@@ -172,6 +188,73 @@ class Run:
     def measure(self, name: str, trainer: DistillationTrainer) -> Arm:
         """As `finish`, for a model that is not trained here."""
         return self._measure(name, trainer, 0.0)
+
+    def finish_teacher(self, pair, trainer_for: Callable, rows, title: str, changes: Mapping[str, Any]) -> Arm:
+        """The teacher of `pair` ([`ModelPair`]), trained on `rows` where it must be, else measured as it is.
+
+        Args:
+            trainer_for: `(model, arguments, rows) -> trainer`.
+            title: what it is trained on, for the log.
+            changes: training arguments that differ from those of the students.
+        """
+        if pair.needs_teacher_training:
+            self.say(f"Teacher: {title}")
+            arm = self.finish("teacher", trainer_for(pair.teacher, self.settings("teacher", **changes), rows))
+        else:
+            self.say("Teacher: measured as it is")
+            arm = self.measure("teacher", trainer_for(pair.teacher, self.settings("teacher", **changes)))
+        pair.teacher = arm.model
+        return arm
+
+    def finish_students(
+        self,
+        recipe,
+        build: Callable,
+        trainer_for: Callable,
+        datasets: Mapping[str, Any],
+        teachers: Mapping[str, Any],
+        metric: str,
+        title: str,
+        comparisons: Mapping[str, Comparison],
+    ) -> dict[str, list[Arm]]:
+        """For every seed of `recipe`: the distilled student, and what it is compared with, for as many steps.
+
+        Args:
+            recipe: [`RecipeArguments`], of which `seeds` and `stages` are used.
+            build: `(seed, say=None, **sizes) -> student`; `sizes` are those of a teacher assistant.
+            trainer_for: `(model, arguments, rows, teacher) -> trainer`.
+            datasets: name -> training data, for `data` of the stages; without stages the student learns from `"train"`.
+            teachers: name -> model, for `teacher` of the stages; without stages the student learns from `"teacher"`.
+            metric: shown for each stage.
+            title: what the distilled student is trained on, for the log.
+            comparisons: name -> what else is trained.
+        """
+        arms: dict[str, list[Arm]] = {**{name: [] for name in comparisons}, "distilled": []}
+        for seed in recipe.seeds:
+            name, how = f"distilled_{seed}", f" in {len(recipe.stages)} stages" if recipe.stages else ""
+            self.say(f"Seed {seed}: student distilled{how}, {title}")
+            student = build(seed, self.say if seed == recipe.seeds[0] else None)
+            if recipe.stages:
+                arm = self.finish_stages(
+                    name,
+                    recipe.stages,
+                    student,
+                    seed=seed,
+                    datasets=datasets,
+                    teachers=teachers,
+                    trainer_for=trainer_for,
+                    build=lambda sizes, seed=seed: build(seed, **sizes),
+                    metric=metric,
+                )
+            else:
+                arm = self.finish(name, trainer_for(student, self.settings(name, seed=seed), datasets["train"], teachers["teacher"]))
+            arms["distilled"].append(arm)
+            for kind, other in comparisons.items():
+                steps = other.steps or arm.steps
+                self.say(f"Seed {seed}: {other.title}, {steps} steps")
+                own = self.settings(f"{kind}_{seed}", seed=seed, **{**other.changes, "max_steps": steps})
+                arms[kind].append(self.finish(f"{kind}_{seed}", trainer_for(build(seed), own, other.rows, other.teacher)))
+        return arms
 
     def publish(self, arm: Arm, results: dict[str, Any], limits: str | None = None) -> None:
         """Writes the student of `arm`, `results.json`, `results.png` and the card into the output folder and prints the table.
@@ -245,6 +328,21 @@ def _predict(trainer: DistillationTrainer):
     return output.metrics, output.predictions, output.label_ids
 
 
+def open_run(recipe, args, config_sha256: str, data_fingerprint: str, evaluate: Callable | None = None) -> Run:
+    """The [`Run`] that the arguments of a recipe describe.
+
+    Args:
+        recipe: [`RecipeArguments`]; the checkpoints that it names count with the contents of their files.
+        args: `DistillationTrainingArguments`.
+        config_sha256: of both.
+        data_fingerprint: of all texts and labels.
+        evaluate: as in [`Run`].
+    """
+    named = ("teacher_model_name_or_path", "general_teacher_name_or_path", "model_name_or_path", "tokenizer_name")
+    fingerprint = run_fingerprint(config_sha256, data_fingerprint, [getattr(recipe, name, None) for name in named])
+    return Run(args, fingerprint, overwrite=recipe.overwrite_output_dir, evaluate=evaluate)
+
+
 def run_fingerprint(config_sha256: str, data_fingerprint: str, checkpoints: list[str | None]) -> str:
     """sha256 of what decides the results of a run: its settings, its data, and the files of local models and tokenizers.
 
@@ -258,113 +356,3 @@ def run_fingerprint(config_sha256: str, data_fingerprint: str, checkpoints: list
                 with open(path, "rb") as file:
                     digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
-
-
-def launch_command() -> str:
-    """How this process was started, as far as it can know: `accelerate launch` sets variables, plain Python does not."""
-    launcher = "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in os.environ else "python"
-    return " ".join([launcher, *sys.argv])
-
-
-def refuse_weak_teacher(teacher: Arm, allowed: bool = False) -> None:
-    """A classifier that has learnt nothing has nothing to teach.
-
-    Raises:
-        ValueError: when the teacher is right no more often than the majority class, unless `allowed`.
-    """
-    counted, labels = teacher.labels != -100, teacher.labels
-    if labels.ndim == teacher.logits.ndim:  # several yes-or-no labels a row
-        right, share = ((teacher.logits > 0) == labels)[counted].mean(), np.where(counted, labels, 0).sum(0) / counted.sum(0).clip(min=1)
-        majority = np.maximum(share, 1 - share).mean()
-    else:
-        right, majority = (teacher.logits.argmax(-1) == labels)[counted].mean(), majority_share(labels)
-    if right <= majority and not allowed:
-        raise ValueError(
-            f"The teacher is right on {right:.3f} of the held-out rows, and always answering the most frequent label on {majority:.3f}: "
-            "the student would learn nothing from it. Fine-tune the teacher on this task (teacher_training), check that its labels are "
-            "in the order of the data, or pass --allow_weak_teacher true."
-        )
-
-
-def _mean_seconds(arms: list[Arm]) -> float | None:
-    seconds = [arm.seconds for arm in arms]
-    return None if not seconds or None in seconds else statistics.fmean(seconds)
-
-
-def compare_arms(
-    task: str,
-    metric: str,
-    seeds: list[int],
-    teacher: Arm,
-    arms: dict[str, list[Arm]],
-    example: dict[str, Any],
-    baselines: dict[str, float],
-    config_sha256: str,
-    agreement_of: Callable[[np.ndarray, np.ndarray], float] | None = None,
-) -> dict[str, Any]:
-    """The contents of `results.json`: accuracy of every arm, sizes, latencies measured in turns, agreement, share of the gap closed.
-
-    Args:
-        metric: name without the `eval_` prefix.
-        arms: `alone`, `distilled`, and others such as `control` -> one [`Arm`] a seed; those but `distilled` may be empty. The
-            others become entries of `baselines`.
-        example: one row as a batch, for the latency.
-        baselines: name -> value of `metric`.
-        agreement_of: `(predictions of a student, predictions of the teacher) -> share on which they agree`. Default: top-1 for
-            classifiers, nothing for others.
-    """
-    for arm in [teacher, *(arm for own in arms.values() for arm in own)]:
-        arm.trainer.rest()
-    models = {"teacher": teacher.model, **{name: own[0].model for name, own in arms.items() if own}}
-    inputs = {
-        name: {key: value.to(model.device) for key, value in Capture(model).select_inputs(example).items()}
-        for name, model in models.items()
-    }
-    latencies = interleaved_latency({name: (model, inputs[name]) for name, model in models.items()})
-
-    def entry(name: str, value) -> dict[str, Any]:
-        model = models[name]
-        return {
-            metric: value,
-            "parameters": count_parameters(model),
-            "size_mb": size_on_disk(model),
-            "latency_ms": latencies[name]["latency_ms"],
-            "steps": teacher.steps if name == "teacher" else arms[name][0].steps,
-        }
-
-    def over_seeds(name: str) -> dict[str, Any] | None:
-        own = arms.get(name)
-        return entry(name, summarise([arm.metrics[f"eval_{metric}"] for arm in own])) if own else None
-
-    teacher_value, distilled_arm = teacher.metrics[f"eval_{metric}"], arms["distilled"][0]
-    alone, distilled = over_seeds("alone"), over_seeds("distilled")
-    others = {name: over_seeds(name) for name, own in arms.items() if own and name not in ("alone", "distilled")}
-    if agreement_of is None and task_of(teacher.model) == "sequence" and teacher.logits.ndim == 2 and teacher.logits.shape[-1] > 1:
-        agreement_of = agreement
-    agreements = {
-        name: statistics.fmean(agreement_of(arm.logits, teacher.logits) for arm in own)
-        for name, own in arms.items()
-        if own and agreement_of is not None
-    }
-    return {
-        "task": task,
-        "metric": metric,
-        "seeds": list(seeds),
-        "teacher": entry("teacher", teacher_value),
-        "student_alone": alone,
-        "student_distilled": distilled,
-        "baselines": {**others, **baselines},
-        "agreement": agreements.get("distilled"),
-        "agreements": agreements,
-        "gap_closed": None if alone is None else gap_closed(alone[metric]["mean"], distilled[metric]["mean"], teacher_value),
-        "objective": staged_objective(distilled_arm.stages) or distilled_arm.trainer.objective.describe(),
-        **({"stages": distilled_arm.stages} if distilled_arm.stages else {}),
-        "versions": versions(),
-        "config_sha256": config_sha256,
-        "command": launch_command(),
-        "num_processes": teacher.trainer.accelerator.num_processes,
-        "seconds": {
-            "teacher": teacher.seconds,
-            **{name: _mean_seconds(arms.get(name, [])) for name in ("alone", "distilled", "control", *others)},
-        },
-    }

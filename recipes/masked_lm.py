@@ -13,11 +13,11 @@ Transformers), `results.json`, `results.png` and a model card. BERT -> DistilBER
 differ in their configs only. Without data flags the embedded corpus is used, which needs no network.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import hfdistill
 from hfdistill import recipe_field as _
-from hfdistill.cli import check_keys, check_launch, config_sha256, parse, use_cpu_threads
+from hfdistill.cli import begin, check_launch, config_sha256, parse
 
 
 @dataclass
@@ -61,13 +61,8 @@ COUNTED_ROWS = 50_000  # or documents of a stream: what counting baselines and t
 
 def main(recipe, args):
     """Runs the recipe and returns the contents of `results.json`."""
-    if args.resume_from_checkpoint:
-        raise ValueError(
-            "resume_from_checkpoint is not needed: start the same command again, and arms that were killed go on where they were"
-        )
-    check_keys(recipe.teacher_training, args.to_dict().keys() - {"output_dir", "push_to_hub"}, "teacher_training")
+    begin(recipe, args)
     check_recipe(recipe, args)
-    use_cpu_threads(args, recipe.cpu_threads)
     causal = recipe.language_model == "causal"
 
     # ---- Text, tokenizer, teacher: given by name, or from scratch ----
@@ -138,9 +133,7 @@ def main(recipe, args):
         return metrics, scores["predictions"], scores["labels"]
 
     sha = config_sha256((recipe, args))
-    folders = [recipe.teacher_model_name_or_path, recipe.model_name_or_path, recipe.tokenizer_name]
-    fingerprint = hfdistill.run_fingerprint(sha, corpus.fingerprint(), folders)
-    run = hfdistill.Run(args, fingerprint, overwrite=recipe.overwrite_output_dir, evaluate=evaluate)
+    run = hfdistill.open_run(recipe, args, sha, corpus.fingerprint(), evaluate=evaluate)
 
     def trainer_for(model, arguments, rows=None, teacher=None):
         trainer = hfdistill.DistillationTrainer(
@@ -157,19 +150,9 @@ def main(recipe, args):
         check_launch(trainer.accelerator)
         return trainer
 
-    def settings(arm, **changes):
-        return replace(args, output_dir=run.folder(arm), push_to_hub=False, **changes)
-
     amount = "a stream of rows" if recipe.streaming else f"{len(rows)} rows"
-    alone = {"task_weight": 1.0, "objective": None, "schedules": None, **dict.fromkeys(hfdistill.TEACHER_WEIGHTS, 0.0)}
-    if pair.needs_teacher_training:
-        run.say(f"Teacher: {amount} of {recipe.max_seq_length} tokens")
-        own = settings("teacher", **{**alone, **(recipe.teacher_training or {})})
-        teacher_arm = run.finish("teacher", trainer_for(pair.teacher, own, rows))
-    else:
-        run.say("Teacher: measured as it is")
-        teacher_arm = run.measure("teacher", trainer_for(pair.teacher, settings("teacher", **alone)))
-    pair.teacher = teacher_arm.model
+    changes = {**hfdistill.WITHOUT_TEACHER, **(recipe.teacher_training or {})}
+    teacher_arm = run.finish_teacher(pair, trainer_for, rows, f"{amount} of {recipe.max_seq_length} tokens", changes)
     value, frequent = teacher_arm.metrics[f"eval_{headline}"], hfdistill.majority_share(teacher_arm.labels)
     if value <= frequent and not recipe.allow_weak_teacher:
         raise ValueError(
@@ -182,30 +165,10 @@ def main(recipe, args):
         built = pair.student(seed, say, **sizes)
         return hfdistill.to_distilbert(built) if recipe.student_type == "distilbert" else built
 
-    arms = {"alone": [], "distilled": []}
-    for seed in recipe.seeds:
-        run.say(f"Seed {seed}: student distilled, {amount}")
-        built, name = student(seed, run.say if seed == recipe.seeds[0] else None), f"distilled_{seed}"
-        if recipe.stages:
-            arm = run.finish_stages(
-                name,
-                recipe.stages,
-                built,
-                seed=seed,
-                datasets={"train": rows},
-                teachers={"teacher": pair.teacher},
-                trainer_for=trainer_for,
-                build=lambda sizes, seed=seed: student(seed, **sizes),
-                metric=headline,
-            )
-        else:
-            arm = run.finish(name, trainer_for(built, settings(name, seed=seed), rows, pair.teacher))
-        arms["distilled"].append(arm)
-        same = {"max_steps": arm.steps} if recipe.stages else {}
-        if recipe.baselines:
-            run.say(f"Seed {seed}: student alone, {amount}")
-            trainer = trainer_for(student(seed), settings(f"alone_{seed}", seed=seed, **{**alone, **same}), rows)
-            arms["alone"].append(run.finish(f"alone_{seed}", trainer))
+    others = {}
+    if recipe.baselines:
+        others["alone"] = hfdistill.Comparison(f"student alone, {amount}", rows, hfdistill.WITHOUT_TEACHER)
+    arms = run.finish_students(recipe, student, trainer_for, {"train": rows}, {"teacher": pair.teacher}, headline, amount, others)
 
     # ---- What came out ----
     baselines = {}

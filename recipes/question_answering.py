@@ -13,11 +13,11 @@ writes to `output_dir`: the distilled student of the first seed (loads with plai
 the embedded task is used, which needs no network: what does this member of a class do, says its documentation.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import hfdistill
 from hfdistill import recipe_field as _
-from hfdistill.cli import check_keys, check_launch, config_sha256, parse, use_cpu_threads
+from hfdistill.cli import begin, check_launch, config_sha256, parse
 
 
 @dataclass
@@ -49,12 +49,7 @@ def main(recipe, args):
     """Runs the recipe and returns the contents of `results.json`."""
     from datasets import concatenate_datasets
 
-    if args.resume_from_checkpoint:
-        raise ValueError(
-            "resume_from_checkpoint is not needed: start the same command again, and arms that were killed go on where they were"
-        )
-    check_keys(recipe.teacher_training, args.to_dict().keys() - {"output_dir", "push_to_hub"}, "teacher_training")
-    use_cpu_threads(args, recipe.cpu_threads)
+    begin(recipe, args)
 
     # ---- Data, tokenizer, teacher: given by name, or a BERT from scratch ----
     with args.main_process_first(desc="data"):
@@ -93,9 +88,7 @@ def main(recipe, args):
         return output.metrics, answers, truth
 
     sha = config_sha256((recipe, args))
-    folders = [recipe.teacher_model_name_or_path, recipe.model_name_or_path, recipe.tokenizer_name]
-    fingerprint = hfdistill.run_fingerprint(sha, data.fingerprint(), folders)
-    run = hfdistill.Run(args, fingerprint, overwrite=recipe.overwrite_output_dir, evaluate=measure)
+    run = hfdistill.open_run(recipe, args, sha, data.fingerprint(), evaluate=measure)
 
     def trainer_for(model, arguments, rows=None, teacher=None):
         trainer = hfdistill.DistillationTrainer(
@@ -111,51 +104,23 @@ def main(recipe, args):
         check_launch(trainer.accelerator)
         return trainer
 
-    def settings(arm, **changes):
-        return replace(args, output_dir=run.folder(arm), push_to_hub=False, **changes)
-
-    alone = {"task_weight": 1.0, "objective": None, "schedules": None, **dict.fromkeys(hfdistill.TEACHER_WEIGHTS, 0.0)}
-    if pair.needs_teacher_training:
-        run.say(f"Teacher: {len(data.teacher_train)} questions with answers")
-        own = settings("teacher", **{**alone, **(recipe.teacher_training or {})})
-        teacher_arm = run.finish("teacher", trainer_for(pair.teacher, own, teacher_rows))
-    else:
-        run.say("Teacher: measured as it is")
-        teacher_arm = run.measure("teacher", trainer_for(pair.teacher, settings("teacher", **alone)))
-    pair.teacher = teacher_arm.model
+    changes = {**hfdistill.WITHOUT_TEACHER, **(recipe.teacher_training or {})}
+    teacher_arm = run.finish_teacher(pair, trainer_for, teacher_rows, f"{len(data.teacher_train)} questions with answers", changes)
     readers = hfdistill.reading_baselines(data.evaluation[reported], data.has_unanswerable)
     baselines = {name: scorer.score(answers)[headline] for name, answers in readers.items()}
     refuse_weak_teacher(teacher_arm.metrics[f"eval_{headline}"], baselines["first_sentence"], recipe.allow_weak_teacher)
 
     # ---- Students: distilled; alone on the same answers; control on all answers of the teacher ----
-    arms = {"alone": [], "control": [], "distilled": []}
-    for seed in recipe.seeds:
-        run.say(f"Seed {seed}: student distilled, {len(data.labelled)} questions with and {len(data.transfer)} without answers")
-        student, name = pair.student(seed, run.say if seed == recipe.seeds[0] else None), f"distilled_{seed}"
-        if recipe.stages:
-            arm = run.finish_stages(
-                name,
-                recipe.stages,
-                student,
-                seed=seed,
-                datasets={"train": mixed, "labelled": labelled, "transfer": transfer, "teacher_train": teacher_rows},
-                teachers={"teacher": pair.teacher},
-                trainer_for=trainer_for,
-                build=lambda sizes, seed=seed: pair.student(seed, **sizes),
-                metric=headline,
-            )
-        else:
-            arm = run.finish(name, trainer_for(student, settings(name, seed=seed), mixed, pair.teacher))
-        arms["distilled"].append(arm)
-        same = {"max_steps": arm.steps} if recipe.stages else {}
-        if recipe.baselines:
-            run.say(f"Seed {seed}: student alone, {len(data.labelled)} questions with answers")
-            trainer = trainer_for(pair.student(seed), settings(f"alone_{seed}", seed=seed, **{**alone, **same}), labelled)
-            arms["alone"].append(run.finish(f"alone_{seed}", trainer))
-        if recipe.baselines and len(transfer):
-            run.say(f"Seed {seed}: control, student on the teacher's {len(data.teacher_train)} answers")
-            trainer = trainer_for(pair.student(seed), settings(f"control_{seed}", seed=seed, **{**alone, **same}), teacher_rows)
-            arms["control"].append(run.finish(f"control_{seed}", trainer))
+    others = {}
+    if recipe.baselines:
+        title = f"student alone, {len(data.labelled)} questions with answers"
+        others["alone"] = hfdistill.Comparison(title, labelled, hfdistill.WITHOUT_TEACHER)
+    if recipe.baselines and len(transfer):
+        title = f"control, student on the teacher's {len(data.teacher_train)} answers"
+        others["control"] = hfdistill.Comparison(title, teacher_rows, hfdistill.WITHOUT_TEACHER)
+    datasets = {"train": mixed, "labelled": labelled, "transfer": transfer, "teacher_train": teacher_rows}
+    title = f"{len(data.labelled)} questions with and {len(data.transfer)} without answers"
+    arms = run.finish_students(recipe, pair.student, trainer_for, datasets, {"teacher": pair.teacher}, headline, title, others)
 
     # ---- What came out ----
     run.say("Sizes and latencies")
@@ -196,12 +161,10 @@ def refuse_weak_teacher(value, trivial, allowed):
 
 
 def load_data(recipe):
-    files = {"train": recipe.train_file, "validation": recipe.validation_file, "test": recipe.test_file}
-    files = {split: path for split, path in files.items() if path}
     limits = {"max_train_samples": recipe.max_train_samples, "max_eval_samples": recipe.max_eval_samples}
-    if not (recipe.dataset_name or files):
-        if recipe.version_2_with_negative:
-            raise ValueError("--version_2_with_negative is for data of your own: every embedded question has an answer. Leave it out")
+    about = {"version_2_with_negative": recipe.version_2_with_negative, "dataset_config_name": recipe.dataset_config_name}
+    files = hfdistill.named_files(recipe, about)
+    if files is None:
         return hfdistill.load_embedded_spans(recipe.labelled_rows, rounds=recipe.rounds, **limits)
     return hfdistill.load_named_spans(
         recipe.dataset_name,

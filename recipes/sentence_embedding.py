@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import hfdistill
 from hfdistill import recipe_field as _
-from hfdistill.cli import check_keys, check_launch, config_sha256, parse, use_cpu_threads
+from hfdistill.cli import begin, check_launch, config_sha256, parse
 
 
 @dataclass
@@ -46,12 +46,7 @@ ARGUMENTS = (SentenceEmbeddingArguments, "DistillationTrainingArguments")
 
 def main(recipe, args):
     """Runs the recipe and returns the contents of `results.json`."""
-    if args.resume_from_checkpoint:
-        raise ValueError(
-            "resume_from_checkpoint is not needed: start the same command again, and arms that were killed go on where they were"
-        )
-    check_keys(recipe.teacher_training, args.to_dict().keys() - {"output_dir", "push_to_hub"}, "teacher_training")
-    use_cpu_threads(args, recipe.cpu_threads)
+    begin(recipe, args)
 
     # ---- Data, tokenizer, teacher: given by name, or a BERT from scratch ----
     encoder = resolve_encoder(recipe, args)
@@ -69,9 +64,7 @@ def main(recipe, args):
         )
 
     sha = config_sha256((recipe, args))
-    folders = [recipe.teacher_model_name_or_path, recipe.model_name_or_path, recipe.tokenizer_name]
-    run = hfdistill.Run(args, hfdistill.run_fingerprint(sha, data.fingerprint(), folders), overwrite=recipe.overwrite_output_dir)
-
+    run = hfdistill.open_run(recipe, args, sha, data.fingerprint())
     with args.main_process_first(desc="tokenizing"):
         pairs = hfdistill.encode_pairs(data.pairs, pair.tokenizer, recipe.max_seq_length, recipe.preprocessing_num_workers)
         transfer = hfdistill.encode_sentences(data.transfer["text"], pair.tokenizer, recipe.max_seq_length)
@@ -102,19 +95,10 @@ def main(recipe, args):
         check_launch(trainer.accelerator)
         return trainer
 
-    def settings(arm, **changes):
-        return replace(args, output_dir=run.folder(arm), push_to_hub=False, **changes)
-
     contrastive = [{"loss": "contrastive_pairs", "temperature": recipe.contrastive_temperature}]
     alone = {**defaults, "objective": contrastive, "schedules": None}
-    if pair.needs_teacher_training:
-        run.say(f"Teacher: {len(pairs)} pairs")
-        own = settings("teacher", **{**alone, **(recipe.teacher_training or {})})
-        teacher_arm = run.finish("teacher", trainer_for(pair.teacher, own, pairs))
-    else:
-        run.say("Teacher: measured as it is")
-        teacher_arm = run.measure("teacher", trainer_for(pair.teacher, settings("teacher", **alone)))
-    pair.teacher = teacher_arm.model
+    changes = {**alone, **(recipe.teacher_training or {})}
+    teacher_arm = run.finish_teacher(pair, trainer_for, pairs, f"{len(pairs)} pairs", changes)
     value, chance = teacher_arm.metrics[f"eval_{headline}"], hfdistill.chance_level(headline, len(data.evaluation[split]))
     if not value > chance and not recipe.allow_weak_teacher:
         raise ValueError(
@@ -123,30 +107,11 @@ def main(recipe, args):
         )
 
     # ---- Students: distilled on texts; alone on the pairs ----
-    arms = {"alone": [], "distilled": []}
-    for seed in recipe.seeds:
-        run.say(f"Seed {seed}: student distilled, {len(transfer)} texts")
-        student, name = pair.student(seed, run.say if seed == recipe.seeds[0] else None), f"distilled_{seed}"
-        if recipe.stages:
-            arm = run.finish_stages(
-                name,
-                recipe.stages,
-                student,
-                seed=seed,
-                datasets={"train": transfer, "transfer": transfer, "pairs": pairs},
-                teachers={"teacher": pair.teacher},
-                trainer_for=trainer_for,
-                build=lambda sizes, seed=seed: pair.student(seed, **sizes),
-                metric=headline,
-            )
-        else:
-            arm = run.finish(name, trainer_for(student, settings(name, seed=seed), transfer, pair.teacher))
-        arms["distilled"].append(arm)
-        same = {"max_steps": arm.steps} if recipe.stages else {}
-        if recipe.baselines and len(pairs):
-            run.say(f"Seed {seed}: student alone, {len(pairs)} pairs")
-            trainer = trainer_for(pair.student(seed), settings(f"alone_{seed}", seed=seed, **{**alone, **same}), pairs)
-            arms["alone"].append(run.finish(f"alone_{seed}", trainer))
+    others = {}
+    if recipe.baselines and len(pairs):
+        others["alone"] = hfdistill.Comparison(f"student alone, {len(pairs)} pairs", pairs, alone)
+    datasets, title = {"train": transfer, "transfer": transfer, "pairs": pairs}, f"{len(transfer)} texts"
+    arms = run.finish_students(recipe, pair.student, trainer_for, datasets, {"teacher": pair.teacher}, headline, title, others)
 
     # ---- What came out ----
     baselines = hfdistill.pair_baselines(data, headline) if recipe.baselines else {}
@@ -187,8 +152,6 @@ def resolve_encoder(recipe, args):
 
 
 def load_data(recipe):
-    files = {"train": recipe.train_file, "validation": recipe.validation_file, "test": recipe.test_file}
-    files = {split: path for split, path in files.items() if path}
     columns = {
         "text_column_names": recipe.text_column_names,
         "paired": recipe.paired,
@@ -198,10 +161,8 @@ def load_data(recipe):
         "score_column_name": recipe.score_column_name,
     }
     limits = {"max_train_samples": recipe.max_train_samples, "max_eval_samples": recipe.max_eval_samples}
-    if not (recipe.dataset_name or files):
-        for flag, value in columns.items():
-            if value:
-                raise ValueError(f"--{flag} {value} is about your own data, but none is given. Pass --train_file or --dataset_name")
+    files = hfdistill.named_files(recipe, {**columns, "dataset_config_name": recipe.dataset_config_name})
+    if files is None:
         return hfdistill.load_embedded_pairs(**limits)
     return hfdistill.load_named_pairs(
         recipe.dataset_name, recipe.dataset_config_name, files, **columns, **limits, cache_dir=recipe.cache_dir

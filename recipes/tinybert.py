@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import hfdistill
 from hfdistill import recipe_field as _
-from hfdistill.cli import check_keys, check_launch, config_sha256, parse, use_cpu_threads
+from hfdistill.cli import begin, check_launch, config_sha256, parse
 
 
 # The paper: "20 epochs", "10 epochs for the challenging task of MNLI, QQP and QNLI", "50 epochs for CoLA"; 64 tokens for
@@ -34,29 +34,19 @@ STAGES = [
 
 
 @dataclass
-class TinyBertArguments(hfdistill.RecipeArguments):
+class TinyBertArguments(hfdistill.TextDataArguments):
     """Task, corpus, both teachers and the student; objectives and lengths are in `stages` and `DistillationTrainingArguments`."""
 
     general_teacher_name_or_path: str | None = _(
         None, "Masked language model (folder or Hub id): teacher of the general stage and source of augmentation. Default: trained here."
     )
     general_teacher_training: dict | None = _(None, "Training arguments of a masked language model trained here, such as max_steps.")
+    general_teacher_mlm_probability: float = _(0.15, "Share of tokens that are masked in that training.")
     corpus_dataset_names: list[str] = _(list, "Corpus of the general stage: Hub data sets, each name, name:configuration or name@revision.")
     corpus_file: str | None = _(None, "Corpus of the general stage: txt, csv, tsv, json, jsonl or parquet.")
     corpus_streaming: bool = _(False, "Never load the whole corpus; the general stage then needs max_steps.")
     corpus_seq_length: int | None = _(None, "Tokens per row of the corpus. Default: max_seq_length.")
     max_corpus_documents: int | None = _(None, "Use only that many documents of the corpus.")
-    task_name: str | None = _(None, "A GLUE task: cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb or wnli.")
-    dataset_name: str | None = _(None, "A data set on the Hub.")
-    dataset_config_name: str | None = _(None, "Its configuration.")
-    train_file: str | None = _(None, "Training data: csv, tsv, json, jsonl or parquet.")
-    validation_file: str | None = _(None, "Held-out data, as train_file.")
-    test_file: str | None = _(None, "Held-out data where there is no validation_file.")
-    text_column_names: list[str] = _(list, "One or two text columns.")
-    label_column_name: str | None = _(None, "Column of the labels.")
-    labelled_rows: int | None = _(
-        None, "Training rows whose label the student sees; the others are transfer text, on which it hears the teacher."
-    )
     max_seq_length: int | None = _(None, "Tokens per row; longer texts are cut. Default: 64 for cola and sst2, else 128.")
     augmentation_copies: int | None = _(None, "Copies of each text at most. Default: the authors' number for a GLUE task, else 20.")
     augmentation_candidates: int = _(15, "Words of which one replaces a word.")
@@ -73,14 +63,7 @@ def main(recipe, args):
     """Runs the recipe and returns the contents of `results.json`."""
     from transformers import set_seed
 
-    if args.resume_from_checkpoint:
-        raise ValueError(
-            "resume_from_checkpoint is not needed: start the same command again, and arms that were killed go on where they were"
-        )
-    training = args.to_dict().keys() - {"output_dir", "push_to_hub"}
-    check_keys(recipe.teacher_training, training, "teacher_training")
-    check_keys(recipe.general_teacher_training, training, "general_teacher_training")
-    use_cpu_threads(args, recipe.cpu_threads)
+    begin(recipe, args)
     recipe = with_task_defaults(recipe, args)
     if recipe.prune_vocabulary:
         raise ValueError("prune_vocabulary would give the two teachers and the student different tokens. Leave it out")
@@ -93,7 +76,7 @@ def main(recipe, args):
 
     # ---- Data: the task, and a corpus that shares no text with its held-out part ----
     with args.main_process_first(desc="data"):
-        data = load_data(recipe)
+        data = hfdistill.load_text_data(recipe)
         corpus = load_corpus(recipe, data) if trains_general or uses(recipe, "data", "corpus") else None
     if data.is_multi_label:
         raise ValueError(
@@ -102,8 +85,6 @@ def main(recipe, args):
         )
     sha = config_sha256((recipe, args))
     texts = data.fingerprint() + (corpus.fingerprint() if corpus else "")
-    named = ("teacher_model_name_or_path", "general_teacher_name_or_path", "model_name_or_path", "tokenizer_name")
-    fingerprint = hfdistill.run_fingerprint(sha, texts, [getattr(recipe, name) for name in named])
     corpus_length = recipe.corpus_seq_length or recipe.max_seq_length
     asked = None  # the masked tokens on which a masked language model is measured
 
@@ -115,14 +96,9 @@ def main(recipe, args):
         scores = hfdistill.language_model_scores(model, asked, trainer.data_collator)
         return {f"eval_{name}": value for name, value in scores.items()}, [], []
 
-    run = hfdistill.Run(args, fingerprint, overwrite=recipe.overwrite_output_dir, evaluate=measure)
+    run = hfdistill.open_run(recipe, args, sha, texts, evaluate=measure)
     headline = hfdistill.GLUE_METRICS[recipe.task_name][0] if recipe.task_name else "pearson" if data.is_regression else "accuracy"
     metric = hfdistill.load_metric("glue", recipe.task_name) if recipe.task_name else hfdistill.load_metric(headline)
-
-    def settings(arm, **changes):
-        return replace(args, output_dir=run.folder(arm), push_to_hub=False, **changes)
-
-    alone = {"task_weight": 1.0, "objective": None, "schedules": None, **dict.fromkeys(hfdistill.TEACHER_WEIGHTS, 0.0)}
 
     # ---- General teacher: a masked language model that does not know the task ----
     general, general_arm, corpus_rows = None, None, None
@@ -136,12 +112,12 @@ def main(recipe, args):
         corpus_rows = hfdistill.encode_corpus(corpus.train, tokenizer, corpus_length, streaming=corpus.streaming, seed=args.seed)
         held_out_rows = hfdistill.encode_corpus(corpus.held_out, tokenizer, corpus_length)
     if trains_general:
-        collator = hfdistill.MaskingCollator(general.tokenizer, seed=args.seed)
-        asked = collator.mask_dataset(held_out_rows)
+        collator = hfdistill.MaskingCollator(general.tokenizer, recipe.general_teacher_mlm_probability, seed=args.seed)
+        asked = hfdistill.MaskingCollator(general.tokenizer, seed=args.seed).mask_dataset(held_out_rows)
         run.say(f"General teacher: a masked language model on {corpus.description}")
         trainer = hfdistill.DistillationTrainer(
             model=general.teacher,
-            args=settings("general_teacher", **{**alone, **(recipe.general_teacher_training or {})}),
+            args=run.settings("general_teacher", **{**hfdistill.WITHOUT_TEACHER, **(recipe.general_teacher_training or {})}),
             data_collator=collator,
             train_dataset=corpus_rows,
             eval_dataset=asked,
@@ -158,11 +134,11 @@ def main(recipe, args):
         tuning = recipe.teacher_training or {"max_steps": args.max_steps}
         recipe = replace(recipe, teacher_model_name_or_path=source, teacher_training=tuning)
     set_seed(args.seed)
-    pair = hfdistill.ModelPair(recipe, args, "sequence", label_config(data))
+    pair = hfdistill.ModelPair(recipe, args, "sequence", data.label_config)
     if trains_general and recipe.teacher_model_name_or_path == run.folder("general_teacher"):
         pair.teacher.config._name_or_path = ""  # a folder of this run names no model that others have
     data = hfdistill.match_labels(data, pair.teacher.config)
-    pair.complete(entries=label_config(data))
+    pair.complete(entries=data.label_config)
 
     def encode(split):
         return hfdistill.encode_texts(
@@ -194,14 +170,8 @@ def main(recipe, args):
         check_launch(trainer.accelerator)
         return trainer
 
-    if pair.needs_teacher_training:
-        run.say(f"Task teacher: {len(teacher_rows)} labelled texts")
-        own = settings("teacher", **{**alone, **(recipe.teacher_training or {})})
-        teacher_arm = run.finish("teacher", trainer_for(pair.teacher, own, teacher_rows))
-    else:
-        run.say("Task teacher: measured as it is")
-        teacher_arm = run.measure("teacher", trainer_for(pair.teacher, settings("teacher", **alone)))
-    pair.teacher = teacher_arm.model
+    changes = {**hfdistill.WITHOUT_TEACHER, **(recipe.teacher_training or {})}
+    teacher_arm = run.finish_teacher(pair, trainer_for, teacher_rows, f"{len(teacher_rows)} labelled texts", changes)
     if not data.is_regression:
         hfdistill.refuse_weak_teacher(teacher_arm, recipe.allow_weak_teacher)
 
@@ -233,29 +203,13 @@ def main(recipe, args):
     if corpus_rows is not None:
         datasets["corpus"] = corpus_rows
     teachers = {"teacher": pair.teacher, **({"general": general.teacher} if general else {})}
-    arms = {"alone": [], "kd_alone": [], "distilled": []}
-    for seed in recipe.seeds:
-        run.say(f"Seed {seed}: student in {len(recipe.stages)} stages")
-        arm = run.finish_stages(
-            f"distilled_{seed}",
-            recipe.stages,
-            pair.student(seed, run.say if seed == recipe.seeds[0] else None),
-            seed=seed,
-            datasets=datasets,
-            teachers=teachers,
-            trainer_for=trainer_for,
-            build=lambda sizes, seed=seed: pair.student(seed, **sizes),
-            metric=headline,
-        )
-        arms["distilled"].append(arm)
-        if recipe.baselines:
-            steps = recipe.baseline_steps or arm.steps
-            run.say(f"Seed {seed}: student alone, {len(labelled)} labelled texts, {steps} steps")
-            own = settings(f"alone_{seed}", seed=seed, **{**alone, "max_steps": steps})
-            arms["alone"].append(run.finish(f"alone_{seed}", trainer_for(pair.student(seed), own, labelled)))
-            run.say(f"Seed {seed}: student on soft targets alone, the same augmented texts, {steps} steps")
-            own = settings(f"kd_alone_{seed}", seed=seed, max_steps=steps)
-            arms["kd_alone"].append(run.finish(f"kd_alone_{seed}", trainer_for(pair.student(seed), own, augmented, pair.teacher)))
+    others = {}
+    if recipe.baselines:
+        steps, title = recipe.baseline_steps, f"student alone, {len(labelled)} labelled texts"
+        others["alone"] = hfdistill.Comparison(title, labelled, hfdistill.WITHOUT_TEACHER, steps=steps)
+        others["kd_alone"] = hfdistill.Comparison("student on soft targets alone, the same texts", augmented, {}, pair.teacher, steps)
+    title = f"{len(augmented)} texts"
+    arms = run.finish_students(recipe, pair.student, trainer_for, datasets, teachers, headline, title, others)
 
     # ---- What came out ----
     baselines = {}
@@ -302,11 +256,6 @@ def with_task_defaults(recipe, args):
     )
 
 
-def label_config(data):
-    names = dict(enumerate(data.label_names))
-    return {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
-
-
 def hidden_label(data):
     return float("nan") if data.is_regression else -100
 
@@ -345,30 +294,6 @@ def load_corpus(recipe, data):
     cut = len(texts) - len(texts) // 20
     train, held_out = (Dataset.from_dict({"text": part}) for part in (texts[:cut], texts[cut:]))
     return hfdistill.Corpus(train, held_out, "documentation of the Python standard library and language (embedded)", embedded=True)
-
-
-def load_data(recipe):
-    files = {"train": recipe.train_file, "validation": recipe.validation_file, "test": recipe.test_file}
-    files = {split: path for split, path in files.items() if path}
-    columns = {"text_column_names": recipe.text_column_names, "label_column_name": recipe.label_column_name}
-    if not (recipe.task_name or recipe.dataset_name or files):
-        for flag, value in columns.items():
-            if value:
-                raise ValueError(f"--{flag} {value} names columns of your own data, but none is given. Pass --train_file or --dataset_name")
-        return hfdistill.load_embedded(
-            recipe.labelled_rows, max_train_samples=recipe.max_train_samples, max_eval_samples=recipe.max_eval_samples
-        )
-    return hfdistill.load_named(
-        recipe.task_name,
-        recipe.dataset_name,
-        recipe.dataset_config_name,
-        files,
-        **columns,
-        labelled_rows=recipe.labelled_rows,
-        max_train_samples=recipe.max_train_samples,
-        max_eval_samples=recipe.max_eval_samples,
-        cache_dir=recipe.cache_dir,
-    )
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ writes to `output_dir`: the distilled student of the first seed (loads with plai
 flags the embedded task is used, which needs no network: putting the punctuation back into documentation.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import hfdistill
 from hfdistill import recipe_field as _
-from hfdistill.cli import check_keys, check_launch, config_sha256, parse, use_cpu_threads
+from hfdistill.cli import begin, check_launch, config_sha256, parse
 
 
 @dataclass
@@ -53,26 +53,20 @@ def main(recipe, args):
     """Runs the recipe and returns the contents of `results.json`."""
     from datasets import concatenate_datasets
 
-    if args.resume_from_checkpoint:
-        raise ValueError(
-            "resume_from_checkpoint is not needed: start the same command again, and arms that were killed go on where they were"
-        )
-    check_keys(recipe.teacher_training, args.to_dict().keys() - {"output_dir", "push_to_hub"}, "teacher_training")
-    use_cpu_threads(args, recipe.cpu_threads)
+    begin(recipe, args)
 
     # ---- Data, tokenizer, teacher: given by name, or a BERT from scratch ----
     with args.main_process_first(desc="data"):
         data = load_data(recipe)
-    pair = hfdistill.ModelPair(recipe, args, "token", label_config(data))
+    pair = hfdistill.ModelPair(recipe, args, "token", data.label_config)
     if pair.teacher is not None:
         data = hfdistill.match_labels(data, pair.teacher.config)
-    pair.complete(data.vocabulary_texts, recipe.max_seq_length, label_config(data))
+    pair.complete(data.vocabulary_texts, recipe.max_seq_length, data.label_config)
     if not hfdistill.reads_words_apart(pair.tokenizer):  # RoBERTa, GPT-2
         pair.tokenizer = type(pair.tokenizer).from_pretrained(pair.tokenizer.name_or_path, add_prefix_space=True, **pair.options)
 
     sha = config_sha256((recipe, args))
-    folders = [recipe.teacher_model_name_or_path, recipe.model_name_or_path, recipe.tokenizer_name]
-    run = hfdistill.Run(args, hfdistill.run_fingerprint(sha, data.fingerprint(), folders), overwrite=recipe.overwrite_output_dir)
+    run = hfdistill.open_run(recipe, args, sha, data.fingerprint())
     headline = choose_metric(recipe, data.label_names, run.say)
     metric = hfdistill.load_metric(headline)
 
@@ -110,49 +104,20 @@ def main(recipe, args):
         check_launch(trainer.accelerator)
         return trainer
 
-    def settings(arm, **changes):
-        return replace(args, output_dir=run.folder(arm), push_to_hub=False, **changes)
-
-    alone = {"task_weight": 1.0, "objective": None, "schedules": None, **dict.fromkeys(hfdistill.TEACHER_WEIGHTS, 0.0)}
-    if pair.needs_teacher_training:
-        run.say(f"Teacher: {len(teacher_rows)} labelled texts")
-        own = settings("teacher", **{**alone, **(recipe.teacher_training or {})})
-        teacher_arm = run.finish("teacher", trainer_for(pair.teacher, own, teacher_rows))
-    else:
-        run.say("Teacher: measured as it is")
-        teacher_arm = run.measure("teacher", trainer_for(pair.teacher, settings("teacher", **alone)))
-    pair.teacher = teacher_arm.model
+    changes = {**hfdistill.WITHOUT_TEACHER, **(recipe.teacher_training or {})}
+    teacher_arm = run.finish_teacher(pair, trainer_for, teacher_rows, f"{len(teacher_rows)} labelled texts", changes)
     hfdistill.refuse_weak_teacher(teacher_arm, recipe.allow_weak_teacher)
 
     # ---- Students: distilled; alone on the same labels; control on all labels of the teacher ----
-    arms = {"alone": [], "control": [], "distilled": []}
-    for seed in recipe.seeds:
-        run.say(f"Seed {seed}: student distilled, {len(labelled)} labelled and {len(transfer)} unlabelled texts")
-        student, name = pair.student(seed, run.say if seed == recipe.seeds[0] else None), f"distilled_{seed}"
-        if recipe.stages:
-            arm = run.finish_stages(
-                name,
-                recipe.stages,
-                student,
-                seed=seed,
-                datasets={"train": mixed, "labelled": labelled, "transfer": transfer, "teacher_train": teacher_rows},
-                teachers={"teacher": pair.teacher},
-                trainer_for=trainer_for,
-                build=lambda sizes, seed=seed: pair.student(seed, **sizes),
-                metric=headline,
-            )
-        else:
-            arm = run.finish(name, trainer_for(student, settings(name, seed=seed), mixed, pair.teacher))
-        arms["distilled"].append(arm)
-        same = {"max_steps": arm.steps} if recipe.stages else {}
-        if recipe.baselines:
-            run.say(f"Seed {seed}: student alone, {len(labelled)} labelled texts")
-            trainer = trainer_for(pair.student(seed), settings(f"alone_{seed}", seed=seed, **{**alone, **same}), labelled)
-            arms["alone"].append(run.finish(f"alone_{seed}", trainer))
-        if recipe.baselines and len(transfer):
-            run.say(f"Seed {seed}: control, student on the teacher's {len(teacher_rows)} labelled texts")
-            trainer = trainer_for(pair.student(seed), settings(f"control_{seed}", seed=seed, **{**alone, **same}), teacher_rows)
-            arms["control"].append(run.finish(f"control_{seed}", trainer))
+    others = {}
+    if recipe.baselines:
+        others["alone"] = hfdistill.Comparison(f"student alone, {len(labelled)} labelled texts", labelled, hfdistill.WITHOUT_TEACHER)
+    if recipe.baselines and len(transfer):
+        title = f"control, student on the teacher's {len(teacher_rows)} labelled texts"
+        others["control"] = hfdistill.Comparison(title, teacher_rows, hfdistill.WITHOUT_TEACHER)
+    datasets = {"train": mixed, "labelled": labelled, "transfer": transfer, "teacher_train": teacher_rows}
+    title = f"{len(labelled)} labelled and {len(transfer)} unlabelled texts"
+    arms = run.finish_students(recipe, pair.student, trainer_for, datasets, {"teacher": pair.teacher}, headline, title, others)
 
     # ---- What came out ----
     def score(guesses, truth):
@@ -181,11 +146,6 @@ LIMITS = """A demonstration: documentation leaves out many full stops and commas
 there. The end of a text is never asked for. Near-duplicates among documents are not grouped."""
 
 
-def label_config(data):
-    names = dict(enumerate(data.label_names))
-    return {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
-
-
 def choose_metric(recipe, label_names, say):
     """`span_f1` where labels mark entities and seqeval is there, else `token_f1`, said aloud."""
     if recipe.token_metric != "auto":
@@ -199,25 +159,19 @@ def choose_metric(recipe, label_names, say):
 
 
 def load_data(recipe):
-    files = {"train": recipe.train_file, "validation": recipe.validation_file, "test": recipe.test_file}
-    files = {split: path for split, path in files.items() if path}
     columns = {"text_column_name": recipe.text_column_name, "label_column_name": recipe.label_column_name}
-    if not (recipe.dataset_name or files):
-        for flag, value in columns.items():
-            if value:
-                raise ValueError(f"--{flag} {value} names columns of your own data, but none is given. Pass --train_file or --dataset_name")
-        return hfdistill.load_embedded_tokens(
-            recipe.labelled_rows, max_train_samples=recipe.max_train_samples, max_eval_samples=recipe.max_eval_samples
-        )
+    limits = {"max_train_samples": recipe.max_train_samples, "max_eval_samples": recipe.max_eval_samples}
+    files = hfdistill.named_files(recipe, {**columns, "dataset_config_name": recipe.dataset_config_name})
+    if files is None:
+        return hfdistill.load_embedded_tokens(recipe.labelled_rows, **limits)
     return hfdistill.load_named_tokens(
         recipe.dataset_name,
         recipe.dataset_config_name,
         files,
         **columns,
+        **limits,
         task_name=recipe.task_name,
         labelled_rows=recipe.labelled_rows,
-        max_train_samples=recipe.max_train_samples,
-        max_eval_samples=recipe.max_eval_samples,
         cache_dir=recipe.cache_dir,
     )
 

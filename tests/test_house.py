@@ -26,14 +26,14 @@ FLOORS = {
     "signals": 0, "pooling": 0, "schedules": 0, "suggest": 0, "redaction": 0,
     "arguments": 1, "recipe_arguments": 1, "peft_arguments": 1,
     "models": 2,
-    "attention_taps": 3, "capture": 3, "counting": 3,
+    "attention_taps": 3, "capture": 3, "model_outputs": 3, "counting": 3,
     "losses": 4,
     "terms": 5, "objective": 5, "binding": 5,
     "teachers": 6, "data": 6, "metrics": 6, "alignment": 6, "sentence_encoder": 6,
     "export": 7, "benchmark": 7, "plots": 7, "report": 7, "baselines": 7, "hub": 7, "side_file": 7, "citations": 7,
     "part_log": 7, "checkpoints": 7, "run_card": 7, "preparation": 7,
-    "trainer": 8,
-    "runs": 9, "callbacks": 9, "stages": 9, "model_pair": 9, "ablation": 9, "mutual": 9,
+    "trainer": 8, "trainer_files": 8,
+    "runs": 9, "comparison": 9, "callbacks": 9, "stages": 9, "stage_training": 9, "model_pair": 9, "ablation": 9, "mutual": 9,
     "usage": 10, "cli": 10,
 }  # fmt: skip
 

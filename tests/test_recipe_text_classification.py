@@ -350,7 +350,7 @@ def test_a_student_by_name_keeps_its_tokenizer_and_others_are_refused_early(tmp_
         ),
         (["--teacher_training", '{"max_step": 3}'], "unknown key 'max_step' in teacher_training. Did you mean 'max_steps'?"),
         (["--resume_from_checkpoint", "x"], "resume_from_checkpoint is not needed: start the same command again"),
-        (["--text_column_names", "nope"], "--text_column_names ['nope'] names columns of your own data, but none is given"),
+        (["--text_column_names", "nope"], "--text_column_names ['nope'] is about your own data, but none is given"),
         (["--teacher_model_name_or_path", "teachr"], "The teacher 'teachr' is neither a folder with a model nor a Hub id"),
         (["--model_name_or_path", "studnt"], "The tokenizer 'studnt' is neither a folder with a model nor a Hub id"),
     ],

@@ -157,7 +157,7 @@ def test_without_seqeval_tokens_are_counted(tmp_path, ner, monkeypatch, capsys):
     "flags,words",
     [
         (["--resume_from_checkpoint", "x"], "resume_from_checkpoint is not needed"),
-        (["--text_column_name", "nope"], "--text_column_name nope names columns of your own data, but none is given"),
+        (["--text_column_name", "nope"], "--text_column_name nope is about your own data, but none is given"),
         (["--teacher_training", '{"max_step": 3}'], "unknown key 'max_step' in teacher_training. Did you mean 'max_steps'?"),
         (["--train_file", "a.csv", "--validation_file", "b.csv"], "must all be json, jsonl or parquet"),
         (["--token_metric", "f1"], "token_metric"),

@@ -152,6 +152,29 @@ def test_a_stage_killed_between_saving_and_marking_is_trained_from_its_checkpoin
         assert torch.equal(again.state_dict()[name], tensor), name
 
 
+def test_finished_stages_are_read_back_with_what_they_logged(tmp_path):
+    _, whole, _ = three_stages(tmp_path)
+    _, again, _ = three_stages(tmp_path)
+    assert again.state.log_history == whole.state.log_history and whole.state.log_history
+    assert again.state.global_step == whole.state.global_step == 2
+
+
+def test_adapters_put_on_in_every_stage_are_refused(tmp_path):
+    from hfdistill import PeftArguments, lora_config
+
+    data, teacher = ragged("bert"), families.build("bert", 2, seed=2)
+    adapters = lora_config(PeftArguments(use_peft=True), "sequence")
+
+    def trainer_for(model, args, rows, teacher):
+        return DistillationTrainer(model, args, train_dataset=rows, data_collator=pad, teacher=teacher, peft_config=adapters)
+
+    with pytest.raises(ValueError, match="stage 'one' put PEFT adapters on the student"):
+        train_stages(
+            [Stage("one"), Stage("two")], families.build("bert", 1), arguments(tmp_path, max_steps=1), datasets={"train": data},
+            teachers={"teacher": teacher}, trainer_for=trainer_for,
+        )  # fmt: skip
+
+
 # ---- Progressive layerwise transfer ----
 
 
@@ -305,7 +328,7 @@ def test_card_and_results_show_the_objective_of_every_stage(tmp_path):
 
     from hfdistill.hub import distillation_card
     from hfdistill.run_card import staged_card
-    from hfdistill.stages import staged_objective, stages_rows
+    from hfdistill.stage_training import staged_objective, stages_rows
 
     _, _, records = three_stages(tmp_path)
     stages = [asdict(record) for record in records]

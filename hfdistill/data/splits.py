@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -45,6 +45,12 @@ class Splits:
     def has_classes(self) -> bool:
         """Whether `label_names` are classes, whose order a teacher may have otherwise."""
         return True
+
+    @property
+    def label_config(self) -> dict[str, Any]:
+        """What the config of a model must say about the labels."""
+        names = dict(enumerate(self.label_names))
+        return {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
 
     def fingerprint(self) -> str:
         """sha256 of every text and label that is used, in order."""
@@ -99,6 +105,27 @@ def match_labels(data: AnySplits, config) -> AnySplits:
             "Correct id2label in the teacher's config.json, or fine-tune it on this data (teacher_training)."
         )
     return data.in_order(names, {ours.index(name): i for i, name in enumerate(theirs)} | {MISSING: MISSING})
+
+
+def named_files(recipe, needs_data: Mapping[str, Any], task_name: str | None = None) -> dict[str, str] | None:
+    """Split name -> file, as a recipe's flags name them; `None` where they name no data at all, which means the embedded task.
+
+    Args:
+        recipe: with `train_file`, `validation_file`, `test_file` and `dataset_name`.
+        needs_data: flag -> value of what describes data of one's own.
+        task_name: names data too, where it is given.
+
+    Raises:
+        ValueError: when one of these is given without data.
+    """
+    named = {"train": recipe.train_file, "validation": recipe.validation_file, "test": recipe.test_file}
+    files = {split: path for split, path in named.items() if path}
+    if files or recipe.dataset_name or task_name:
+        return files
+    for flag, value in needs_data.items():
+        if value:
+            raise ValueError(f"--{flag} {value} is about your own data, but none is given. Pass --train_file or --dataset_name")
+    return None
 
 
 def load_raw(dataset_name: str | None, config_name: str | None, files: dict[str, str] | None, cache_dir: str | None, kinds=FILE_KINDS):

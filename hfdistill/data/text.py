@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .splits import MISSING, Splits, first_rows, hide_labels, load_raw, relabel, train_and_evaluation, with_label_column
+from .splits import MISSING, Splits, first_rows, hide_labels, load_raw, named_files, relabel, train_and_evaluation, with_label_column
 from .stdlib_docs import load_stdlib_docs_splits, load_topics_paragraphs
 
 
@@ -51,11 +51,31 @@ class TextData(Splits):
             return "regression"
         return "multi_label_classification" if self.is_multi_label else "single_label_classification"
 
+    @property
+    def label_config(self) -> dict[str, Any]:
+        labels = super().label_config
+        return {**labels, "problem_type": self.problem_type} if self.is_multi_label else labels
+
     def renumber(self, label, number):
         if not self.is_multi_label:
             return number[label]
         old = {new: i for i, new in number.items() if i != MISSING}
         return [label[old[i]] for i in range(len(label))]
+
+
+def load_text_data(recipe) -> TextData:
+    """The data that the flags of a recipe name; the embedded task where they name none.
+
+    Args:
+        recipe: [`TextDataArguments`].
+    """
+    columns = {"text_column_names": recipe.text_column_names, "label_column_name": recipe.label_column_name}
+    limits = {"max_train_samples": recipe.max_train_samples, "max_eval_samples": recipe.max_eval_samples}
+    files = named_files(recipe, {**columns, "dataset_config_name": recipe.dataset_config_name}, recipe.task_name)
+    if files is None:
+        return load_embedded(recipe.labelled_rows, **limits)
+    named = (recipe.task_name, recipe.dataset_name, recipe.dataset_config_name, files)
+    return load_named(*named, **columns, **limits, labelled_rows=recipe.labelled_rows, cache_dir=recipe.cache_dir)
 
 
 def load_embedded(

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from ..capture import CapturePlan, logits_of
+from ..capture import CapturePlan
+from ..model_outputs import logits_of
 from ..signals import SIGNALS, Signals
 
 

@@ -10,7 +10,8 @@ from dataclasses import fields
 import torch
 from torch import Tensor, nn
 
-from ..capture import Capture, CapturePlan, move_to
+from ..capture import Capture, CapturePlan
+from ..model_outputs import move_to
 from ..signals import Signals
 
 
