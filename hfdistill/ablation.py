@@ -20,15 +20,15 @@ from .suggest import did_you_mean
 
 
 FULL = "full"
-_KEYS = ("recipe", "config", "output_dir", "teachers", "variants")
+_KEYS = ("recipe", "config", "output_dir", "shared", "variants")
 
 
 def load_ablation(path: str | os.PathLike) -> dict[str, Any]:
     """An ablation from YAML.
 
     Keys: `recipe` (name of a file in `recipes/`), `config` (its YAML), `output_dir`, `variants` (name -> changes, see
-    [`changed_settings`]), and optionally `teachers`: arguments of the recipe that name a teacher -> folder below the output of the
-    full run, so that all variants learn from the same one.
+    [`changed_settings`]), and optionally `shared`: arguments of the recipe that name a folder (its teachers, augmented texts) -> folder below the output of the
+    full run, so that all variants use the same.
 
     Raises:
         ValueError: for missing and unknown keys.
@@ -37,12 +37,12 @@ def load_ablation(path: str | os.PathLike) -> dict[str, Any]:
     for key in settings:
         if key not in _KEYS:
             raise ValueError(f"unknown key {key!r} in {path}.{did_you_mean(key, _KEYS)}")
-    missing = [key for key in _KEYS if key not in settings and key != "teachers"]
+    missing = [key for key in _KEYS if key not in settings and key != "shared"]
     if missing:
-        raise ValueError(f"{path} has no {missing[0]!r}. An ablation needs {', '.join(_KEYS)} (teachers may be left out).")
+        raise ValueError(f"{path} has no {missing[0]!r}. An ablation needs {', '.join(_KEYS)} (shared may be left out).")
     if FULL in settings["variants"]:
         raise ValueError(f"{path} has a variant called {FULL!r}: that is the recipe itself, which always runs. Choose another name.")
-    return {"teachers": {}, **settings}
+    return {"shared": {}, **settings}
 
 
 def changed_settings(recipe: Any, args: Any, changes: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -117,7 +117,7 @@ def run_ablation(main: Callable[[Any, Any], dict], recipe: Any, args: Any, ablat
     full = main(recipe, replace(args, output_dir=str(root / FULL)))
     metric = full["metric"]
     measured = {FULL: full["student_distilled"][metric]}
-    shared = {key: str(root / FULL / folder) for key, folder in ablation["teachers"].items()}
+    shared = {key: str(root / FULL / folder) for key, folder in ablation["shared"].items()}
     for name, (own, training) in plans.items():
         own = replace(own, **shared, baselines=False)
         if "teacher_model_name_or_path" in shared:  # trained and measured by the full run

@@ -132,7 +132,8 @@ def main(recipe, args):
 
 
 LIMITS = """A demonstration: documentation repeats words of its first sentence, and cosines of TF-IDF word vectors find it better than
-encoders of this size that have seen some hundred pairs. Near-duplicates among documents are not grouped."""
+encoders of this size that have seen some hundred pairs. Near-duplicates among documents are not grouped. In each of as many steps the
+student alone reads two texts a row and the distilled student one."""
 
 
 def resolve_encoder(recipe, args):

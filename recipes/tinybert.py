@@ -51,6 +51,7 @@ class TinyBertArguments(hfdistill.TextDataArguments):
     augmentation_copies: int | None = _(None, "Copies of each text at most. Default: the authors' number for a GLUE task, else 20.")
     augmentation_candidates: int = _(15, "Words of which one replaces a word.")
     augmentation_probability: float = _(0.4, "Share of the words that are replaced.")
+    augmentation_cache_dir: str | None = _(None, "Folder where augmented texts are kept for other runs. Default: inside output_dir.")
     baseline_steps: int | None = _(
         None, "Steps of the students alone and on soft targets alone. Default: as many as those of all stages together."
     )
@@ -192,7 +193,7 @@ def main(recipe, args):
                 batch_size=args.per_device_eval_batch_size,
                 seed=args.seed,
                 max_length=recipe.max_seq_length,
-                cache_dir=run.folder("augmented"),
+                cache_dir=recipe.augmentation_cache_dir or run.folder("augmented"),
             )
         labels = [*original["label"], *[hidden_label(data)] * (len(more) - len(original))]
         mixed, augmented = encode(original), encode(more.select_columns(list(data.text_columns)).add_column("label", labels))

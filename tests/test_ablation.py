@@ -68,7 +68,7 @@ def test_a_variant_that_would_be_the_full_recipe_is_refused(changes, words):
 def settings(tmp_path, **changes):
     entries = {
         "recipe": "masked_lm", "config": "c.yaml", "output_dir": str(tmp_path / "out"),
-        "teachers": {"teacher_model_name_or_path": "_arms/teacher"},
+        "shared": {"teacher_model_name_or_path": "_arms/teacher"},
         "variants": {"without soft targets": {"kd_weight": 0.0}, "random start": {"student_init": "random"}},
     } | changes  # fmt: skip
     path = tmp_path / "ablation.yaml"
@@ -146,7 +146,7 @@ def test_shipped_ablations_change_their_recipes(path):
     recipe, args = parse(load_recipe(ablation["recipe"]).ARGUMENTS, ["--config", str(ROOT / ablation["config"])])
     variants = [changed_settings(recipe, args, changes) for changes in ablation["variants"].values()]
     assert len(variants) >= 4 and all((one, other) != (recipe, args) for one, other in variants)
-    for name in ablation["teachers"]:
+    for name in ablation["shared"]:
         assert hasattr(recipe, name)
 
 

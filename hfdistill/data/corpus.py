@@ -134,9 +134,9 @@ def load_corpus(
         train = trains[0]
     else:
         train = concatenate_datasets(trains) if probabilities is None else interleave_datasets(trains, probabilities, seed=seed)
-    name = next((name for name in ("validation", "test") if name in parts[0]), None)
-    if name is not None:
-        test = _in_memory(_texts_only(parts[0][name], text_column), max_held_out_documents)
+    apart = next((part[name] for part in parts for name in ("validation", "test") if name in part), None)
+    if apart is not None:
+        test = _in_memory(_texts_only(apart, text_column), max_held_out_documents)
     elif streaming:
         if held_out < 1:
             raise ValueError(

@@ -90,7 +90,7 @@ def load_stdlib_questions_splits(
     teacher's; the student has `few` of its answers, and the questions of the other half (B) without answers.
 
     Args:
-        few (`int`, defaults to 300): how many questions the student knows the answer to.
+        few (`int`, defaults to 300): how many questions the student knows the answer to, in all contexts that they are asked in.
         seed (`int`, defaults to 0): of the cuts and of the order of sentences.
         test_size (`float`, defaults to 0.2): share of the test part.
         rounds (`int`, defaults to 1): contexts of every question outside the test part, which has one.
@@ -111,11 +111,13 @@ def load_stdlib_questions_splits(
     test, train = _cut(owners, test_size)
     teacher, transfer = _cut(train, 0.5)
     rows = {name: [row for owner in part for row in _rows(owner, seed, rounds)] for name, part in (("A", teacher), ("B", transfer))}
-    if not 1 <= few <= len(rows["A"]):
-        raise ValueError(f"few={few} answers cannot be drawn from the teacher's {len(rows['A'])}. Choose few between 1 and that.")
+    asked = list(dict.fromkeys(_member_of(row) for row in rows["A"]))
+    if not 1 <= few <= len(asked):
+        raise ValueError(f"few={few} answers cannot be drawn from the teacher's {len(asked)}. Choose few between 1 and that.")
+    known = set(draw.sample(asked, few))
     return DatasetDict(
         teacher=_dataset(rows["A"]),
-        few=_dataset(draw.sample(rows["A"], few)),
+        few=_dataset([row for row in rows["A"] if _member_of(row) in known]),
         transfer=_dataset([{**row, "answers": None} for row in rows["B"]] if hide_answers else rows["B"]),
         test=_dataset([row for owner in test for row in _rows(owner, seed, 1)]),
     )
@@ -206,6 +208,11 @@ def _rows(owner: Owner, seed: int, rounds: int) -> Iterator[dict[str, Any]]:
 
 def _question(member: Member, owner: Owner) -> str:
     return f"What is {member.words} in {owner.words}?" if member.is_class else f"What does {member.words} of {owner.words} do?"
+
+
+def _member_of(row: dict[str, Any]) -> str:
+    """Who is asked for, whatever the context."""
+    return row["id"].rpartition("#")[0]
 
 
 def _cut(owners: list[Owner], share: float) -> tuple[list[Owner], list[Owner]]:

@@ -86,6 +86,9 @@ def metric_function(metric: evaluate.Metric, **options: Any) -> Callable[[Any], 
         metric (`evaluate.Metric`): from [`load_metric`], [`glue_metric`] or `evaluate.combine`.
         options: handed to `metric.compute`, such as `average="macro"`.
 
+    Raises:
+        ValueError: by the returned function, for several labels a row and another metric.
+
     Example:
         >>> trainer = Trainer(..., compute_metrics=metric_function(load_metric("accuracy")))  # doctest: +SKIP
     """
@@ -102,6 +105,11 @@ def metric_function(metric: evaluate.Metric, **options: Any) -> Callable[[Any], 
             scores = scores[..., 0] if scores.shape[-1] == 1 else scores.argmax(-1)
         elif scores.ndim == 2 and labels.ndim == 2 and scores.shape[-1] == 1:
             scores, labels = scores[:, 0], labels[:, 0]
+        elif scores.ndim == labels.ndim == 2 and scores.dtype.kind == "f":
+            raise ValueError(
+                f"Scores of shape {scores.shape} and as many labels are several labels a row, and this metric counts one. Use "
+                'load_metric("f1", "multilabel").'
+            )
         counted = labels != -100
         return metric.compute(predictions=scores[counted], references=labels[counted], **options)
 

@@ -135,9 +135,10 @@ def test_data_sets_are_joined_or_mixed(monkeypatch):
         return {"train": data.to_iterable_dataset() if streaming else data, **({"test": data} if name == "b" else {})}
 
     monkeypatch.setattr("hfdistill.data.corpus._load_named", named)
-    joined = load_corpus(["a", "b"], held_out=8)
-    texts = {f"{name} {i}" for name in "ab" for i in range(40)}
-    assert {*joined.train["text"], *joined.held_out["text"]} == texts and len(joined.held_out) == 8 and joined.description == "a, b"
+    joined = load_corpus(["a", "c"], held_out=8)
+    texts = {f"{name} {i}" for name in "ac" for i in range(40)}
+    assert {*joined.train["text"], *joined.held_out["text"]} == texts and len(joined.held_out) == 8 and joined.description == "a, c"
+    assert load_corpus(["a", "b"], held_out=8).held_out["text"][:] == [f"b {i}" for i in range(40)]  # the first that has such a part
     for streaming in (False, True):
         mixed = load_corpus(["b", "a"], probabilities=[0.8, 0.2], streaming=streaming)
         kinds = [row["text"][0] for row in mixed.train]
