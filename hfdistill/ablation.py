@@ -27,8 +27,8 @@ def load_ablation(path: str | os.PathLike) -> dict[str, Any]:
     """An ablation from YAML.
 
     Keys: `recipe` (name of a file in `recipes/`), `config` (its YAML), `output_dir`, `variants` (name -> changes, see
-    [`changed_settings`]), and optionally `shared`: arguments of the recipe that name a folder (its teachers, augmented texts) -> folder below the output of the
-    full run, so that all variants use the same.
+    [`changed_settings`]), and optionally `shared`: arguments of the recipe that name a folder (its teachers, augmented texts) ->
+    folder below the output of the full run, so that all variants use the same.
 
     Raises:
         ValueError: for missing and unknown keys.

@@ -29,7 +29,8 @@ PLACES = frozenset(
     "log_level_replica push_to_hub hub_model_id hub_token hub_strategy hub_private_repo hub_always_push hub_revision "
     "resume_from_checkpoint overwrite_output_dir allow_weak_teacher use_cpu local_rank ddp_backend ddp_timeout teacher_device cpu_threads "
     "dataloader_num_workers dataloader_pin_memory "
-    "dataloader_persistent_workers dataloader_prefetch_factor cache_dir augmentation_cache_dir token overwrite_cache preprocessing_num_workers".split()
+    "dataloader_persistent_workers dataloader_prefetch_factor cache_dir augmentation_cache_dir "
+    "token overwrite_cache preprocessing_num_workers".split()
 )
 
 
