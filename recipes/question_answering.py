@@ -5,12 +5,12 @@
 # ///
 """Distil an extractive question answering model, and measure honestly what it bought.
 
-    accelerate launch recipes/question_answering.py --config recipes/configs/question_answering/stdlib_bert_kd.yaml
+    accelerate launch recipes/question_answering.py --config recipes/configs/question_answering/stdlib_modernbert_kd.yaml
 
 trains a teacher (or takes one), trains the student alone and under the teacher with the same steps for every seed, and
 writes to `output_dir`: the distilled student of the first seed (loads with plain Transformers), `results.json`,
 `results.png` and a model card. The student hears the teacher's start and end over all tokens of a window. Without data flags
-the embedded task is used, which needs no network: what does this member of a class do, says its documentation.
+the embedded task is used, which needs no network: what does this documentation say about a function or class.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,6 @@ class QuestionAnsweringArguments(hfdistill.RecipeArguments):
     labelled_rows: int | None = _(
         None, "Training questions whose answer the student sees; the others are transfer questions, on which it hears the teacher."
     )
-    rounds: int = _(1, "Embedded data: how often each training question is asked, each time in another context.")
     max_seq_length: int = _(384, "Tokens per window; longer contexts make several.")
     doc_stride: int = _(128, "Tokens that two windows of one context share.")
     pad_to_max_length: bool = _(False, "Pad to max_seq_length instead of to the longest row of a batch.")
@@ -165,7 +164,7 @@ def load_data(recipe):
     about = {"version_2_with_negative": recipe.version_2_with_negative, "dataset_config_name": recipe.dataset_config_name}
     files = hfdistill.named_files(recipe, about)
     if files is None:
-        return hfdistill.load_embedded_spans(recipe.labelled_rows, rounds=recipe.rounds, **limits)
+        return hfdistill.load_embedded_spans(recipe.labelled_rows, **limits)
     return hfdistill.load_named_spans(
         recipe.dataset_name,
         recipe.dataset_config_name,

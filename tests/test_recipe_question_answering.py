@@ -18,9 +18,9 @@ from hfdistill.cli import parse
 pytestmark = pytest.mark.slow  # the file takes about a minute; tests of its parts are quick
 
 
-CONFIG = str(ROOT / "recipes/configs/question_answering/stdlib_bert_kd.yaml")
+CONFIG = str(ROOT / "recipes/configs/question_answering/stdlib_modernbert_kd.yaml")
 QUICK = "--max_steps 3 --per_device_train_batch_size 8 --disable_tqdm true --logging_steps 1 --allow_weak_teacher true".split()
-SMALL = "--max_train_samples 40 --max_eval_samples 30 --rounds 1 --vocab_size 600 --max_seq_length 96 --doc_stride 16".split()
+SMALL = "--max_train_samples 40 --max_eval_samples 30 --vocab_size 600 --max_seq_length 96 --doc_stride 16".split()
 TINY = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
 
 

@@ -46,26 +46,24 @@ class SpanData(Splits):
 
 
 def load_embedded_spans(
-    labelled_rows: int | None = 300,
+    labelled_rows: int | None = 150,
     seed: int = 0,
-    rounds: int = 1,
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
     root: str | None = None,
 ) -> SpanData:
-    """The default task: what does this member of a class or module do, says its documentation. No network is used.
+    """The default task: what does this documentation say about a function or class of the standard library? No network is used.
 
     Args:
         labelled_rows: how many answers the student gets; `None` gives it and its teacher every answer.
         seed: of the split, not of any training.
-        rounds: contexts of every training question, see [`load_stdlib_questions`].
         max_train_samples: rows of each training split that are used.
         max_eval_samples: rows of the test split that are used.
         root: as in [`load_stdlib_questions`].
     """
     from datasets import concatenate_datasets
 
-    splits = load_stdlib_questions_splits(labelled_rows or 1, seed, rounds=rounds, root=root, hide_answers=labelled_rows is not None)
+    splits = load_stdlib_questions_splits(labelled_rows or 1, seed, root=root, hide_answers=labelled_rows is not None)
     teacher_train, labelled, transfer = splits["teacher"], splits["few"], splits["transfer"]
     if labelled_rows is None:
         teacher_train = labelled = concatenate_datasets([teacher_train, transfer])
@@ -79,7 +77,7 @@ def load_embedded_spans(
         ("question", "context"),
         [],
         list(dict.fromkeys(texts)),
-        "members of the Python standard library, answered by their docstrings (embedded, no network)",
+        "questions about the Python standard library, answered by sentences of its docstrings (embedded, no network)",
         True,
     )
 

@@ -1,4 +1,4 @@
-"""Extractive question answering on every machine: what does this member of a class or module do, says its documentation."""
+"""Extractive question answering on every machine: what does this documentation say about a function or class?"""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import random
 import re
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,81 +18,62 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 
-MIN_MEMBERS, USUAL_MEMBERS = 4, 5
-MIN_WORDS, MAX_WORDS = 3, 14
+QUESTIONS = {
+    "return": "What does {} return?",
+    "error": "When does {} raise an error?",
+    "default": "What is the default of {}?",
+    "case": "What happens in a special case of {}?",
+}
+MIN_SENTENCES, MAX_SENTENCES, MAX_CONTEXT_WORDS = 2, 8, 90
+MIN_WORDS, MAX_WORDS = 3, 30
 
-_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-_FIRST_SENTENCE = re.compile(r"(.+?[.!?])(?=\s+[A-Z`'\"(\[]|$)")
-
-
-@dataclass(frozen=True)
-class Member:
-    """A documented function, method or class, the name of it in words, and the first sentence of its documentation."""
-
-    words: str
-    summary: str
-    is_class: bool
-
-
-@dataclass(frozen=True)
-class Owner:
-    """A class or module with at least four documented members."""
-
-    path: str
-    name: str
-    members: tuple[Member, ...]
-
-    @property
-    def words(self) -> str:
-        return words_of(self.name.rpartition(".")[2])
+_DOCUMENTED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z`'\"(\[])")
+# What gives away that a sentence answers a question.
+_ANSWERS = {
+    "return": re.compile(r"(Return|Returns|Yield|Yields)\b|.*\b(returns|is returned|are returned)\b"),
+    "error": re.compile(r".*\b[Rr]aise[sd]?\b"),
+    "default": re.compile(r".*\b[Dd]efault(s|ing)?\b"),
+    "case": re.compile(r"(If|When)\b"),
+}
 
 
-def load_stdlib_questions(seed: int = 0, rounds: int = 1, root: str | os.PathLike | None = None) -> Dataset:
-    """Questions about the members of classes and modules of the standard library, answered by their documentation.
+def load_stdlib_questions(root: str | os.PathLike | None = None) -> Dataset:
+    """Questions about the functions and classes of the standard library, answered by a sentence of their documentation.
 
-    A context is the first sentences of the documentation of 4 to 7 members of one class or module, in random order; each of
-    the members is asked for by its name in words (`What does limit denominator of fraction do?`), and its sentence is the
-    answer. Sources are parsed, never imported. Sentences of fewer than 3 or more than 14 words and dunder names are left out,
-    of sentences that differ only in case or punctuation the first one of the whole library is kept, and what is left must
-    stand in its context once.
+    A context is a documentation string of 2 to 8 sentences. It is asked what the thing returns, when it raises an error, what its
+    default is, and what happens in a special case, where exactly one sentence says so by its words (`Return ...`, `... raises ...`,
+    `... default ...`, `If ...`). Sources are parsed, never imported; texts that stand twice in the library are used once.
 
-    Many a name shares a word with its sentence and none with the others, so that counting common words answers a part of the
-    questions: a model has to be better than `hfdistill.data.readers.word_overlap` to have learnt more than that.
+    The questions are made by rules, and whoever knows the rules answers all of them. A model is shown examples only, and must find both
+    ends of a sentence and what kind of sentence is asked for.
 
     Rows depend on the version of Python: quote a fingerprint of them beside every result.
 
     Args:
-        seed (`int`, defaults to 0): of the order of sentences.
-        rounds (`int`, defaults to 1): how often every member is asked for, each time in another context.
         root (`str`, *optional*): the folder that holds the sources. Default: the standard library of this Python.
 
     Returns:
-        `datasets.Dataset`: `id`, `title` (the class or module), `context`, `question` and `answers`, the columns of SQuAD.
+        `datasets.Dataset`: `id` (`module.name.kind`), `title` (the module), `context`, `question` and `answers`, the columns of SQuAD.
 
     Raises:
         ValueError: when there are no sources, as in zipped or embedded distributions of Python.
     """
-    return _dataset([row for owner in stdlib_owners(root) for row in _rows(owner, seed, rounds)])
+    return _dataset([row for rows in _rows_by_module(root).values() for row in rows])
 
 
 def load_stdlib_questions_splits(
-    few: int = 300,
-    seed: int = 0,
-    test_size: float = 0.2,
-    rounds: int = 1,
-    root: str | os.PathLike | None = None,
-    hide_answers: bool = True,
+    few: int = 150, seed: int = 0, test_size: float = 0.2, root: str | os.PathLike | None = None, hide_answers: bool = True
 ) -> DatasetDict:
     """[`load_stdlib_questions`] as a label-scarce task: questions with answers, others without, and a test part.
 
-    Cut by class and module: no context of one part holds a sentence of another. Outside the test part one half (A) is the
-    teacher's; the student has `few` of its answers, and the questions of the other half (B) without answers.
+    Cut by module: no documentation of one part is about the module of another. Outside the test part one half (A) is the teacher's;
+    the student has `few` of its answers, and the questions of the other half (B) without answers.
 
     Args:
-        few (`int`, defaults to 300): how many questions the student knows the answer to, in all contexts that they are asked in.
-        seed (`int`, defaults to 0): of the cuts and of the order of sentences.
+        few (`int`, defaults to 150): how many questions the student knows the answer to.
+        seed (`int`, defaults to 0): of the cuts.
         test_size (`float`, defaults to 0.2): share of the test part.
-        rounds (`int`, defaults to 1): contexts of every question outside the test part, which has one.
         root (`str`, *optional*): as in [`load_stdlib_questions`].
         hide_answers (`bool`, defaults to `True`): `False` leaves the answers of B where they are, for comparison runs.
 
@@ -105,41 +85,19 @@ def load_stdlib_questions_splits(
     """
     from datasets import DatasetDict
 
-    draw = random.Random(f"{seed} owners")
-    owners = stdlib_owners(root)
-    draw.shuffle(owners)
-    test, train = _cut(owners, test_size)
-    teacher, transfer = _cut(train, 0.5)
-    rows = {name: [row for owner in part for row in _rows(owner, seed, rounds)] for name, part in (("A", teacher), ("B", transfer))}
-    asked = list(dict.fromkeys(_member_of(row) for row in rows["A"]))
-    if not 1 <= few <= len(asked):
-        raise ValueError(f"few={few} answers cannot be drawn from the teacher's {len(asked)}. Choose few between 1 and that.")
-    known = set(draw.sample(asked, few))
+    draw = random.Random(f"{seed} modules")
+    modules = list(_rows_by_module(root).values())
+    draw.shuffle(modules)
+    test, train = _cut(modules, test_size)
+    teacher, transfer = ([row for rows in part for row in rows] for part in _cut(train, 0.5))
+    if not 1 <= few <= len(teacher):
+        raise ValueError(f"few={few} answers cannot be drawn from the teacher's {len(teacher)}. Choose few between 1 and that.")
     return DatasetDict(
-        teacher=_dataset(rows["A"]),
-        few=_dataset([row for row in rows["A"] if _member_of(row) in known]),
-        transfer=_dataset([{**row, "answers": None} for row in rows["B"]] if hide_answers else rows["B"]),
-        test=_dataset([row for owner in test for row in _rows(owner, seed, 1)]),
+        teacher=_dataset(teacher),
+        few=_dataset(draw.sample(teacher, few)),
+        transfer=_dataset([{**row, "answers": None} for row in transfer] if hide_answers else transfer),
+        test=_dataset([row for rows in test for row in rows]),
     )
-
-
-def stdlib_owners(root: str | os.PathLike | None = None) -> list[Owner]:
-    """The classes and modules of the standard library that document at least four members, in the order of the files."""
-    root = Path(root if root is not None else sysconfig.get_paths()["stdlib"])
-    seen: set[str] = set()
-    owners = []
-    for path, _ in source_files(root):
-        name = path.relative_to(root).with_suffix("").as_posix().removesuffix("/__init__").replace("/", ".")
-        for owner, body in _bodies(name, parse_source(path).body):
-            members = tuple(_members(body, seen))
-            if len(members) >= MIN_MEMBERS:
-                owners.append(Owner(name, owner, members))
-    if not owners:
-        raise ValueError(
-            f"No documentation of the standard library in {root}: its .py sources are not there (zipped, embedded or stripped Python), "
-            "so the embedded questions cannot be built. Use a Python installed with its sources, or bring data of your own (--train_file)."
-        )
-    return owners
 
 
 def words_of(name: str) -> str:
@@ -152,77 +110,75 @@ def words_of(name: str) -> str:
     return " ".join(re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|_+", " ", name).lower().split())
 
 
-def first_sentence(documentation: str) -> str:
-    """The first sentence of the first paragraph, on one line, with a full stop.
+def sentences_in(documentation: str) -> list[str]:
+    """The sentences of a documentation string, each on one line; those of fewer than 3 or more than 30 words are left out.
 
     Example:
-        >>> first_sentence("Return x.real, e.g. 1.5\\nor so.  Else fail.\\n\\nMore.")
-        'Return x.real, e.g. 1.5 or so.'
+        >>> sentences_in("Return x.real, e.g. 1.5\\nor so.  Else fail.\\n\\nRaise an error (see below).")
+        ['Return x.real, e.g. 1.5 or so.', 'Raise an error (see below).']
     """
-    text = plain_text(re.split(r"\n\s*\n", documentation.strip())[0])
-    found = _FIRST_SENTENCE.match(text)
-    text = found.group(1) if found else text
-    return text if not text or text[-1] in ".!?" else text.rstrip(" :;,") + "."
+    paragraphs = (plain_text(paragraph) for paragraph in re.split(r"\n\s*\n", documentation.strip()))
+    sentences = (sentence for paragraph in paragraphs for sentence in _SENTENCE_END.split(paragraph))
+    return [sentence for sentence in sentences if MIN_WORDS <= len(sentence.split()) <= MAX_WORDS]
 
 
-def _bodies(name: str, body: list[ast.stmt]) -> Iterator[tuple[str, list[ast.stmt]]]:
-    """A module and its classes, with what stands directly in them."""
-    yield name, body
+def answers_in(sentences: list[str]) -> dict[str, str]:
+    """Kind of question -> the one sentence that answers it."""
+    found = {kind: [sentence for sentence in sentences if pattern.match(sentence)] for kind, pattern in _ANSWERS.items()}
+    return {kind: own[0] for kind, own in found.items() if len(own) == 1}
+
+
+def _rows_by_module(root: str | os.PathLike | None) -> dict[str, list[dict[str, Any]]]:
+    root = Path(root if root is not None else sysconfig.get_paths()["stdlib"])
+    seen: set[str] = set()
+    modules = {}
+    for path, _ in source_files(root):
+        name = path.relative_to(root).with_suffix("").as_posix().removesuffix("/__init__").replace("/", ".")
+        rows = [row for owner, body in _definitions(name, parse_source(path).body) for row in _rows(name, owner, body, seen)]
+        if rows:  # a name that is defined twice (properties, branches) would give one id twice
+            modules[name] = list({row["id"]: row for row in rows}.values())
+    if not modules:
+        raise ValueError(
+            f"No documentation of the standard library in {root}: its .py sources are not there (zipped, embedded or stripped Python), "
+            "so the embedded questions cannot be built. Use a Python installed with its sources, or bring data of your own (--train_file)."
+        )
+    return modules
+
+
+def _definitions(owner: str, body: list[ast.stmt]) -> Iterator[tuple[str, ast.stmt]]:
+    """Dotted name and node of every function, class and method, dunder methods left out."""
     for node in body:
-        if isinstance(node, ast.ClassDef):
-            yield from _bodies(f"{name}.{node.name}", node.body)
+        if isinstance(node, _DOCUMENTED) and not node.name.startswith("__"):
+            yield f"{owner}.{node.name}", node
+            yield from _definitions(f"{owner}.{node.name}", node.body)
 
 
-def _members(body: list[ast.stmt], seen: set[str]) -> Iterator[Member]:
-    names = set()
-    for node in body:
-        if not isinstance(node, (*_FUNCTIONS, ast.ClassDef)) or node.name.startswith("__"):
-            continue
-        words, summary = words_of(node.name), first_sentence(ast.get_docstring(node) or "")
-        key = re.sub(r"\W+", " ", summary.lower()).strip()
-        if words and words not in names and key not in seen and MIN_WORDS <= len(summary.split()) <= MAX_WORDS:
-            names.add(words)
-            seen.add(key)
-            yield Member(words, summary, isinstance(node, ast.ClassDef))
+def _rows(module: str, name: str, node: ast.stmt, seen: set[str]) -> Iterator[dict[str, Any]]:
+    sentences = sentences_in(ast.get_docstring(node) or "")
+    context = " ".join(sentences)
+    key = re.sub(r"\W+", " ", context.lower())
+    if not MIN_SENTENCES <= len(sentences) <= MAX_SENTENCES or len(context.split()) > MAX_CONTEXT_WORDS or key in seen:
+        return
+    seen.add(key)
+    for kind, answer in answers_in(sentences).items():
+        if context.count(answer) == 1:
+            yield {
+                "id": f"{name}.{kind}",
+                "title": module,
+                "context": context,
+                "question": QUESTIONS[kind].format(words_of(name.rpartition(".")[2])),
+                "answers": {"text": [answer], "answer_start": [context.index(answer)]},
+            }
 
 
-def _rows(owner: Owner, seed: int, rounds: int) -> Iterator[dict[str, Any]]:
-    for turn in range(rounds):
-        draw = random.Random(f"{seed} {turn} {owner.path} {owner.name}")
-        members = list(owner.members)
-        draw.shuffle(members)
-        groups = max(round(len(members) / USUAL_MEMBERS), 1)
-        for group in range(groups):
-            together = members[group * len(members) // groups : (group + 1) * len(members) // groups]
-            context = " ".join(member.summary for member in together)
-            for member in together:
-                if context.count(member.summary) == 1:
-                    yield {
-                        "id": f"{owner.name}.{member.words.replace(' ', '_')}#{turn}",
-                        "title": owner.name,
-                        "context": context,
-                        "question": _question(member, owner),
-                        "answers": {"text": [member.summary], "answer_start": [context.index(member.summary)]},
-                    }
-
-
-def _question(member: Member, owner: Owner) -> str:
-    return f"What is {member.words} in {owner.words}?" if member.is_class else f"What does {member.words} of {owner.words} do?"
-
-
-def _member_of(row: dict[str, Any]) -> str:
-    """Who is asked for, whatever the context."""
-    return row["id"].rpartition("#")[0]
-
-
-def _cut(owners: list[Owner], share: float) -> tuple[list[Owner], list[Owner]]:
-    """The first owners, with `share` of all members (or a little more), and the others."""
-    wanted, count = share * sum(len(owner.members) for owner in owners), 0
-    for number, owner in enumerate(owners):
+def _cut(modules: list[list[dict[str, Any]]], share: float) -> tuple[list[list[dict[str, Any]]], list[list[dict[str, Any]]]]:
+    """The first modules, with `share` of all rows (or a little more), and the others."""
+    wanted, count = share * sum(len(rows) for rows in modules), 0
+    for number, rows in enumerate(modules):
         if count >= wanted:
-            return owners[:number], owners[number:]
-        count += len(owner.members)
-    return owners, []
+            return modules[:number], modules[number:]
+        count += len(rows)
+    return modules, []
 
 
 def _dataset(rows: list[dict[str, Any]]) -> Dataset:
