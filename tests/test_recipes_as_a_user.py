@@ -40,7 +40,9 @@ RECIPES = {
     "token_classification": (
         "stdlib_modernbert_kd", "AutoModelForTokenClassification", {"teacher_config": {**TEACHER, **MODERNBERT}}, None,
     ),
-    "question_answering": ("stdlib_bert_kd", "AutoModelForQuestionAnswering", {}, None),
+    "question_answering": (
+        "stdlib_modernbert_kd", "AutoModelForQuestionAnswering", {"teacher_config": {**TEACHER, **MODERNBERT}}, None,
+    ),
     "sentence_embedding": ("stdlib_bert_mse", "AutoModel", {}, None),
 }  # fmt: skip
 
@@ -128,11 +130,13 @@ def test_killed_and_started_again_it_gives_the_same_student(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_two_processes_train_the_student_of_one(name, tmp_path):
-    one, more = small(name, tmp_path / "one", rows=8, save_strategy="no"), {}
+    # Adam divides tiny gradients by their own size, and so makes steps out of rounding; with a large epsilon it does not.
+    same = {"save_strategy": "no", "adam_epsilon": 1e-3}
+    one, more = small(name, tmp_path / "one", rows=8, **same), {}
     start(name, one, "cpu")
     if name == "sentence_embedding":  # its teacher tells the texts of one process apart, so it is another one on two
         more = {"teacher_model_name_or_path": str(tmp_path / "one/run/_arms/teacher"), "teacher_training": None, "teacher_config": None}
-    start(name, small(name, tmp_path / "two", rows=4, save_strategy="no", **more), "two_cpu")
+    start(name, small(name, tmp_path / "two", rows=4, **same, **more), "two_cpu")
     expected, found = weights(tmp_path / "one"), weights(tmp_path / "two")
     for key, tensor in expected.items():
         torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=2e-4, msg=lambda text, key=key: f"{key}: {text}")

@@ -46,7 +46,7 @@ class SpanData(Splits):
 
 
 def load_embedded_spans(
-    labelled_rows: int | None = 150,
+    labelled_rows: int | None = 100,
     seed: int = 0,
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,

@@ -63,7 +63,7 @@ def load_stdlib_questions(root: str | os.PathLike | None = None) -> Dataset:
 
 
 def load_stdlib_questions_splits(
-    few: int = 150, seed: int = 0, test_size: float = 0.2, root: str | os.PathLike | None = None, hide_answers: bool = True
+    few: int = 100, seed: int = 0, test_size: float = 0.2, root: str | os.PathLike | None = None, hide_answers: bool = True
 ) -> DatasetDict:
     """[`load_stdlib_questions`] as a label-scarce task: questions with answers, others without, and a test part.
 
@@ -71,7 +71,7 @@ def load_stdlib_questions_splits(
     the student has `few` of its answers, and the questions of the other half (B) without answers.
 
     Args:
-        few (`int`, defaults to 150): how many questions the student knows the answer to.
+        few (`int`, defaults to 100): how many questions the student knows the answer to.
         seed (`int`, defaults to 0): of the cuts.
         test_size (`float`, defaults to 0.2): share of the test part.
         root (`str`, *optional*): as in [`load_stdlib_questions`].

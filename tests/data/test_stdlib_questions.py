@@ -60,13 +60,11 @@ def library(tmp_path):
 
 def test_questions_of_a_small_library(library):
     rows = {row["id"]: row for row in load_stdlib_questions(library) if row["title"] == "queue"}
-    assert {name: (row["question"], row["answers"]["text"]) for name, row in rows.items()} == {
-        "queue.SimpleQueue.purpose": ("What does simple queue do?", ["Holds the items."]),
-        "queue.SimpleQueue.error": ("When does simple queue raise an error?", ["Raises Full when there is no room."]),
-        "queue.SimpleQueue.default": ("What is the default of simple queue?", ["The size is 10 by default."]),
-        "queue.SimpleQueue.undocumented.inner.purpose": ("What does inner do?", ["Does the inner work."]),
-        "queue.SimpleQueue.undocumented.inner.return": ("What does inner return?", ["What was found is returned."]),
-    } or sorted(rows) == []
+    assert {name: (row["question"], *row["answers"]["text"]) for name, row in rows.items()} == {
+        "queue.SimpleQueue.error": ("When does simple queue raise an error?", "Raises Full when there is no room."),
+        "queue.SimpleQueue.default": ("What is the default of simple queue?", "The size is 10 by default."),
+        "queue.SimpleQueue.undocumented.inner.return": ("What does inner return?", "What was found is returned."),
+    }  # two conditions of put_nowait, two results of getSize, a dunder, a repetition, a long one, a sentence that stands twice
     assert rows["queue.SimpleQueue.error"]["context"] == (
         "Holds the items. Items wait in order. Raises Full when there is no room. The size is 10 by default."
     )
@@ -77,9 +75,13 @@ def test_questions_of_a_small_library(library):
 
 def test_a_kind_with_two_answers_is_not_asked_for():
     sentences = ["Add an item.", "If full, fail.", "When closed, fail.", "Return it all."]
-    assert answers_in(sentences) == {"purpose": "Add an item.", "return": "Return it all."}
+    assert answers_in(sentences) == {"return": "Return it all."}
     assert answers_in(sentences[:3]) == {}
-    assert answers_in(["Return what is there.", "Go on."]) == {"purpose": "Return what is there.", "return": "Return what is there."}
+    assert answers_in(["If so, return x, else raise y.", "The result is returned."]) == {
+        "case": "If so, return x, else raise y.",
+        "error": "If so, return x, else raise y.",
+        "return": "The result is returned.",
+    }
 
 
 def test_the_same_rows_in_every_process(library):
@@ -114,7 +116,7 @@ def test_splits_of_a_small_library(library):
 def test_the_real_library():
     splits = load_stdlib_questions_splits()
     sizes = {name: len(split) for name, split in splits.items()}
-    assert sizes["few"] == 150
+    assert sizes["few"] == 100
     assert 400 < sizes["teacher"] < 1200 and 400 < sizes["transfer"] < 1200 and 200 < sizes["test"] < 600
     contexts = {name: set(split["context"]) for name, split in splits.items()}
     assert not contexts["test"] & (contexts["teacher"] | contexts["transfer"]) and not contexts["teacher"] & contexts["transfer"]
@@ -123,24 +125,45 @@ def test_the_real_library():
     readers = reading_baselines(splits["test"])
     truth = [answers["text"][0] for answers in splits["test"]["answers"]]
     first = sum(answer["prediction_text"] == own for answer, own in zip(readers["first_sentence"], truth)) / len(truth)
-    assert 0.3 < first < 0.7  # one question in two or three is what a thing does
+    assert 0.1 < first < 0.4  # most first sentences say what a thing does, which nobody asks
 
 
-def test_sentences():
-    assert sentences_in("First line is here\nand goes on. Two words.\n\nA list:\n - x is one\n") == ["First line is here and goes on.", "A list: - x is one"]
-    assert sentences_in("It is (see\nbelow) e.g. like this one. `code` follows here now.") == [
-        "It is (see below) e.g. like this one.",
-        "`code` follows here now.",
-    ]
-    assert sentences_in(" ".join(["word"] * 31)) == []
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        (
+            "First line is here\nand goes on. Two words.\n\nA list:\n - x is one\n",
+            ["First line is here and goes on.", "A list: - x is one"],
+        ),
+        (
+            "It is (see\nbelow) e.g. like this one. `code` follows here now.",
+            ["It is (see below) e.g. like this one.", "`code` follows here now."],
+        ),
+        (" ".join(["word"] * 31), []),
+        ("", []),
+    ],
+)
+def test_sentences(text, sentences):
+    assert sentences_in(text) == sentences
 
 
-@pytest.mark.parametrize("name, words", [("HTTPServer", "http server"), ("_a__b2", "a b2"), ("getXMLName", "get xml name")])
-def test_words(name, words):
+@pytest.mark.parametrize(
+    ("name", "words"), [("A", "a"), ("parseXMLFile", "parse xml file"), ("__", ""), ("utf8_mode", "utf8 mode"), ("_a__b2", "a b2")]
+)
+def test_names_in_words(name, words):
     assert words_of(name) == words
 
 
-def test_readers():
-    context = "Close it. Return the positions of the reader. Return nothing."
+def test_word_overlap():
+    context = "Close the file. Return the positions of the reader. Return nothing."
     assert word_overlap("What does reader position of buffer do?", context) == "Return the positions of the reader."
-    assert word_overlap("What is unknown?", context) == "Close it."
+    assert word_overlap("What does nothing match?", "Some text. Nothing here.") == "Nothing here."
+    assert word_overlap("What is zzz in yyy?", context) == "Close the file."
+
+
+def test_reading_baselines():
+    rows = {"id": ["x", "y"], "question": ["What jumps?", "What is it?"], "context": ["It is. Who jumps? All do.", "No end"]}
+    baselines = reading_baselines(rows)
+    texts = {name: [answer["prediction_text"] for answer in answers] for name, answers in baselines.items()}
+    assert texts == {"word_overlap": ["Who jumps?", "No end"], "first_sentence": ["It is.", "No end"]}
+    assert [answer["id"] for answer in baselines["word_overlap"]] == ["x", "y"]

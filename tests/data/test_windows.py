@@ -285,15 +285,15 @@ def test_a_few_misplaced_answers_are_said_not_refused(tmp_path, caplog):
 
 
 def test_embedded_data(tmp_path):
-    source = "\n".join(f'def name_{i}():\n    """Sentence number {i} is here."""' for i in range(4))
+    source = "\n".join(f'def name_{i}():\n    """Do sentence number {i} here. Return number {i} of it."""' for i in range(4))
     for module in ("queue", "json", "ast", "os", "re"):
-        (tmp_path / f"{module}.py").write_text(source.replace("Sentence", f"Sentence of {module}"))
+        (tmp_path / f"{module}.py").write_text(source.replace("sentence", f"sentence of {module}"))
     data = load_embedded_spans(3, root=str(tmp_path))
     assert len(data.labelled) == 3 and len(data.teacher_train) == 8 and len(data.transfer) == 8 and len(data.evaluation["test"]) == 4
     assert data.transfer["answers"][0] is None and data.embedded and data.text_columns == ("question", "context")
-    assert not set(data.vocabulary_texts) & {*data.evaluation["test"]["context"], *data.evaluation["test"]["question"]}
-    whole = load_embedded_spans(None, root=str(tmp_path), rounds=2)
-    assert len(whole.labelled) == len(whole.teacher_train) == 32 and not len(whole.transfer) and len(whole.evaluation["test"]) == 4
+    assert not set(data.vocabulary_texts) & {*data.evaluation["test"]["context"]}
+    whole = load_embedded_spans(None, root=str(tmp_path))
+    assert len(whole.labelled) == len(whole.teacher_train) == 16 and not len(whole.transfer) and len(whole.evaluation["test"]) == 4
     assert None not in whole.labelled["answers"][:]
     assert data.fingerprint() == load_embedded_spans(3, root=str(tmp_path)).fingerprint()
     assert len({data.fingerprint(), whole.fingerprint(), load_embedded_spans(3, seed=1, root=str(tmp_path)).fingerprint()}) == 3
