@@ -56,7 +56,8 @@ def plot_results(
     axes = figure.subplots(1, 2 if steps else 1, squeeze=False)[0]
     _draw_sizes(axes[0], results)
     if steps:
-        _draw_losses(axes[1], steps)
+        last = f", stage {results['stages'][-1]['name']!r}" if results.get("stages") else ""  # its log is that of the last stage
+        _draw_losses(axes[1], steps, f"Loss parts of the distilled student{last}")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
@@ -131,7 +132,7 @@ def _draw_sizes(axis, results: Mapping[str, Any]) -> None:
     _tidy(axis)
 
 
-def _draw_losses(axis, steps: Sequence[Mapping[str, Any]]) -> None:
+def _draw_losses(axis, steps: Sequence[Mapping[str, Any]], title: str) -> None:
     parts = list(dict.fromkeys(key for entry in steps for key in entry if key.endswith("_weighted")))
     weighted = bool(parts)
     if not weighted:
@@ -145,7 +146,7 @@ def _draw_losses(axis, steps: Sequence[Mapping[str, Any]]) -> None:
         axis.plot(*zip(*drawn, strict=True), color=colour, linewidth=1.5, label=label, marker=_marker(drawn))
     axis.set_xlabel("optimizer step")
     axis.set_ylabel("loss (mean per row)")
-    axis.set_title("Loss parts of the distilled student", fontsize=11)
+    axis.set_title(title, fontsize=11)
     axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
     axis.legend(frameon=False, fontsize=9)
     _tidy(axis)

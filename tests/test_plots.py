@@ -49,6 +49,13 @@ def test_two_panels(tmp_path, figure):
     assert [text.get_text() for text in losses.get_legend().get_texts()] == list(drawn)
 
 
+def test_a_run_in_stages_says_which_one_is_drawn(tmp_path, figure):
+    plot_results({**make_results(), "stages": [{"name": "hints"}, {"name": "prediction"}]}, tmp_path / "a.png", LOGS)
+    assert figure().axes[1].get_title() == "Loss parts of the distilled student, stage 'prediction'"
+    plot_results(make_results(), tmp_path / "a.png", LOGS)
+    assert figure().axes[1].get_title() == "Loss parts of the distilled student"
+
+
 def test_points_error_bars_and_line(tmp_path, figure):
     results = make_results()
     plot_results(results, tmp_path / "a.png")
