@@ -102,7 +102,7 @@ _NAMES = {
     "stages": ("Stage",),
     "stage_training": ("StageRecord", "train_stages"),
     "ablation": ("load_ablation", "run_ablation"),
-    "runs": ("Arm", "Comparison", "Run", "open_run", "run_fingerprint"),
+    "runs": ("Arm", "Comparison", "Run", "label_comparisons", "open_run", "run_fingerprint"),
     "comparison": ("compare_arms", "refuse_weak_teacher"),
     "benchmark": ("measure_model",),
     "plots": ("plot_results",),
@@ -240,6 +240,7 @@ if TYPE_CHECKING:  # the table above, for type checkers and editors; tests/test_
     from .runs import Arm as Arm
     from .runs import Comparison as Comparison
     from .runs import Run as Run
+    from .runs import label_comparisons as label_comparisons
     from .runs import open_run as open_run
     from .runs import run_fingerprint as run_fingerprint
     from .schedules import Schedule as Schedule

@@ -123,7 +123,7 @@ def run_ablation(main: Callable[[Any, Any], dict], recipe: Any, args: Any, ablat
         if "teacher_model_name_or_path" in shared:  # trained and measured by the full run
             own = replace(own, teacher_training=None, allow_weak_teacher=True)
         if "general_teacher_name_or_path" in shared:
-            own = replace(own, general_teacher_training=None)
+            own = replace(own, general_teacher_training=None, general_teacher_mlm_probability=None)
         results = main(own, replace(training, output_dir=str(root / folders[name])))
         measured[name] = results["student_distilled"][metric]
     outcome = {

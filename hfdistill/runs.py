@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from .arguments import WITHOUT_TEACHER
 from .checkpoints import last_whole_checkpoint
 from .export import merged_student
 from .models.peft_student import is_peft_student
@@ -80,6 +81,19 @@ class Comparison:
     steps: int | None = None
 
 
+def label_comparisons(labelled, transfer, teacher_rows, noun: str = "labelled texts") -> dict[str, Comparison]:
+    """The student alone on its labelled rows; and, where its teacher has more of them, the control: the student on all of those.
+
+    Args:
+        labelled, transfer, teacher_rows: encoded splits.
+        noun: what the rows are, for the log.
+    """
+    others = {"alone": Comparison(f"student alone, {len(labelled)} {noun}", labelled, WITHOUT_TEACHER)}
+    if len(transfer):
+        others["control"] = Comparison(f"control, student on the teacher's {len(teacher_rows)} {noun}", teacher_rows, WITHOUT_TEACHER)
+    return others
+
+
 class Run:
     """The output folder of a recipe.
 
@@ -110,11 +124,11 @@ class Run:
                 if args.should_save:
                     shutil.rmtree(self.root / ARMS, ignore_errors=True)
                     (self.root / MARK).unlink(missing_ok=True)
-            elif held not in (None, fingerprint):
+            elif held not in (None, self.fingerprint):
                 raise ValueError(
-                    f"output_dir {str(self.root)!r} holds a run with other settings, data, checkpoints or processes (run {held[:12]}, this "
-                    f"one is {fingerprint[:12]}): going on would mix the two. Choose another --output_dir, or pass "
-                    "--overwrite_output_dir true to start anew."
+                    f"output_dir {str(self.root)!r} holds a run with other settings, data, checkpoints or processes (run "
+                    f"{_short(held)}, this one is {_short(self.fingerprint)}): going on would mix the two. Choose another "
+                    "--output_dir, or pass --overwrite_output_dir true to start anew."
                 )
             elif foreign:
                 raise ValueError(
@@ -171,7 +185,7 @@ class Run:
         """
         if self.args.should_save:
             self._claim()
-        trainer, records = train_stages(stages, model, replace(self.args, output_dir=self.folder(name), seed=seed), **options)
+        trainer, records = train_stages(stages, model, self.settings(name, seed=seed), **options)
         arm = self._read(name, trainer)
         if arm is None:
             _merge(trainer)
@@ -189,14 +203,15 @@ class Run:
         """As `finish`, for a model that is not trained here."""
         return self._measure(name, trainer, 0.0)
 
-    def finish_teacher(self, pair, trainer_for: Callable, rows, title: str, changes: Mapping[str, Any]) -> Arm:
+    def finish_teacher(self, pair, trainer_for: Callable, rows, title: str, alone: Mapping[str, Any] = WITHOUT_TEACHER) -> Arm:
         """The teacher of `pair` ([`ModelPair`]), trained on `rows` where it must be, else measured as it is.
 
         Args:
             trainer_for: `(model, arguments, rows) -> trainer`.
             title: what it is trained on, for the log.
-            changes: training arguments that differ from those of the students.
+            alone: training arguments of a model without a teacher; `teacher_training` of the recipe comes on top of them.
         """
+        changes = {**alone, **(pair.recipe.teacher_training or {})}
         if pair.needs_teacher_training:
             self.say(f"Teacher: {title}")
             arm = self.finish("teacher", trainer_for(pair.teacher, self.settings("teacher", **changes), rows))
@@ -326,6 +341,11 @@ def _merge(trainer: DistillationTrainer) -> None:
 def _predict(trainer: DistillationTrainer):
     output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
     return output.metrics, output.predictions, output.label_ids
+
+
+def _short(fingerprint: str) -> str:
+    digest, _, processes = fingerprint.partition(" ")
+    return f"{digest[:12]} {processes}".strip()
 
 
 def open_run(recipe, args, config_sha256: str, data_fingerprint: str, evaluate: Callable | None = None) -> Run:

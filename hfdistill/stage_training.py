@@ -211,13 +211,15 @@ def _finish(stage: Stage, trainer: DistillationTrainer, carried: int, metric: st
     folder = Path(trainer.args.output_dir)
     if (folder / RECORD).is_file():
         written = json.loads((folder / RECORD).read_text())
-        if written.pop("mark") != mark:
+        if written.pop("mark") != mark or not (folder / STATE).is_file():
             raise ValueError(
-                f"The finished stage in {str(folder)!r} was trained with other settings, or after other stages. Choose another output_dir, "
-                "or delete this folder and those of later stages."
+                f"The finished stage in {str(folder)!r} was trained with other settings, after other stages, or by an older version. "
+                "Choose another output_dir, or delete this folder and those of later stages."
             )
         trainer._load_from_checkpoint(str(folder))
         trainer.state = TrainerState.load_from_json(str(folder / STATE))
+        trainer.state.is_world_process_zero = trainer.is_world_process_zero()  # the main process wrote it for itself
+        trainer.state.is_local_process_zero = trainer.is_local_process_zero()
         if trainer.args.should_log:
             print(f"{stage.name} is finished already")
         return StageRecord(**written)

@@ -151,8 +151,7 @@ def main(recipe, args):
         return trainer
 
     amount = "a stream of rows" if recipe.streaming else f"{len(rows)} rows"
-    changes = {**hfdistill.WITHOUT_TEACHER, **(recipe.teacher_training or {})}
-    teacher_arm = run.finish_teacher(pair, trainer_for, rows, f"{amount} of {recipe.max_seq_length} tokens", changes)
+    teacher_arm = run.finish_teacher(pair, trainer_for, rows, f"{amount} of {recipe.max_seq_length} tokens")
     value, frequent = teacher_arm.metrics[f"eval_{headline}"], hfdistill.majority_share(teacher_arm.labels)
     if value <= frequent and not recipe.allow_weak_teacher:
         raise ValueError(
@@ -193,7 +192,7 @@ def main(recipe, args):
         lambda own, other: float((own == other).mean()),
     )
     names = [name for name in ("perplexity", "pseudo_perplexity") if f"eval_{name}" in teacher_arm.metrics]
-    measured = {"teacher": teacher_arm, "student_alone": arms["alone"], "student_distilled": arms["distilled"]}
+    measured = {"teacher": teacher_arm, "student_alone": arms.get("alone", []), "student_distilled": arms["distilled"]}
     results["further_metrics"] = {
         name: {
             arm: own.metrics[f"eval_{name}"] if arm == "teacher" else hfdistill.summarise([one.metrics[f"eval_{name}"] for one in own])

@@ -97,8 +97,7 @@ def main(recipe, args):
 
     contrastive = [{"loss": "contrastive_pairs", "temperature": recipe.contrastive_temperature}]
     alone = {**defaults, "objective": contrastive, "schedules": None}
-    changes = {**alone, **(recipe.teacher_training or {})}
-    teacher_arm = run.finish_teacher(pair, trainer_for, pairs, f"{len(pairs)} pairs", changes)
+    teacher_arm = run.finish_teacher(pair, trainer_for, pairs, f"{len(pairs)} pairs", alone)
     value, chance = teacher_arm.metrics[f"eval_{headline}"], hfdistill.chance_level(headline, len(data.evaluation[split]))
     if not value > chance and not recipe.allow_weak_teacher:
         raise ValueError(

@@ -84,18 +84,12 @@ def main(recipe, args):
         check_launch(trainer.accelerator)
         return trainer
 
-    changes = {**hfdistill.WITHOUT_TEACHER, **(recipe.teacher_training or {})}
-    teacher_arm = run.finish_teacher(pair, trainer_for, teacher_rows, f"{len(teacher_rows)} labelled texts", changes)
+    teacher_arm = run.finish_teacher(pair, trainer_for, teacher_rows, f"{len(teacher_rows)} labelled texts")
     if not data.is_regression:
         hfdistill.refuse_weak_teacher(teacher_arm, recipe.allow_weak_teacher)
 
     # ---- Students: distilled; alone on the same labels; control on all labels of the teacher ----
-    others = {}
-    if recipe.baselines:
-        others["alone"] = hfdistill.Comparison(f"student alone, {len(labelled)} labelled texts", labelled, hfdistill.WITHOUT_TEACHER)
-    if recipe.baselines and len(transfer):
-        title = f"control, student on the teacher's {len(teacher_rows)} labelled texts"
-        others["control"] = hfdistill.Comparison(title, teacher_rows, hfdistill.WITHOUT_TEACHER)
+    others = hfdistill.label_comparisons(labelled, transfer, teacher_rows) if recipe.baselines else {}
     datasets = {"train": mixed, "labelled": labelled, "transfer": transfer, "teacher_train": teacher_rows}
     title = f"{len(labelled)} labelled and {len(transfer)} unlabelled texts"
     arms = run.finish_students(recipe, pair.student, trainer_for, datasets, {"teacher": pair.teacher}, headline, title, others)

@@ -41,7 +41,7 @@ class TinyBertArguments(hfdistill.TextDataArguments):
         None, "Masked language model (folder or Hub id): teacher of the general stage and source of augmentation. Default: trained here."
     )
     general_teacher_training: dict | None = _(None, "Training arguments of a masked language model trained here, such as max_steps.")
-    general_teacher_mlm_probability: float = _(0.15, "Share of tokens that are masked in that training.")
+    general_teacher_mlm_probability: float | None = _(None, "Share of tokens that are masked in that training. Default: 0.15.")
     corpus_dataset_names: list[str] = _(list, "Corpus of the general stage: Hub data sets, each name, name:configuration or name@revision.")
     corpus_file: str | None = _(None, "Corpus of the general stage: txt, csv, tsv, json, jsonl or parquet.")
     corpus_streaming: bool = _(False, "Never load the whole corpus; the general stage then needs max_steps.")
@@ -68,10 +68,9 @@ def main(recipe, args):
     recipe = with_task_defaults(recipe, args)
     if recipe.prune_vocabulary:
         raise ValueError("prune_vocabulary would give the two teachers and the student different tokens. Leave it out")
-    if recipe.general_teacher_training and recipe.general_teacher_name_or_path:
-        raise ValueError(
-            "general_teacher_training would have no effect: the general teacher is given by name and is not trained. Leave one of both out"
-        )
+    for name in ("general_teacher_training", "general_teacher_mlm_probability"):
+        if getattr(recipe, name) and recipe.general_teacher_name_or_path:
+            raise ValueError(f"{name} would have no effect: the general teacher is given by name and is not trained. Leave one of both out")
     teaches_general = recipe.teacher_model_name_or_path is None or recipe.augmentation_copies > 0 or uses(recipe, "teacher", "general")
     trains_general = teaches_general and recipe.general_teacher_name_or_path is None
 
@@ -113,7 +112,7 @@ def main(recipe, args):
         corpus_rows = hfdistill.encode_corpus(corpus.train, tokenizer, corpus_length, streaming=corpus.streaming, seed=args.seed)
         held_out_rows = hfdistill.encode_corpus(corpus.held_out, tokenizer, corpus_length)
     if trains_general:
-        collator = hfdistill.MaskingCollator(general.tokenizer, recipe.general_teacher_mlm_probability, seed=args.seed)
+        collator = hfdistill.MaskingCollator(general.tokenizer, recipe.general_teacher_mlm_probability or 0.15, seed=args.seed)
         asked = hfdistill.MaskingCollator(general.tokenizer, seed=args.seed).mask_dataset(held_out_rows)
         run.say(f"General teacher: a masked language model on {corpus.description}")
         trainer = hfdistill.DistillationTrainer(
@@ -171,8 +170,7 @@ def main(recipe, args):
         check_launch(trainer.accelerator)
         return trainer
 
-    changes = {**hfdistill.WITHOUT_TEACHER, **(recipe.teacher_training or {})}
-    teacher_arm = run.finish_teacher(pair, trainer_for, teacher_rows, f"{len(teacher_rows)} labelled texts", changes)
+    teacher_arm = run.finish_teacher(pair, trainer_for, teacher_rows, f"{len(teacher_rows)} labelled texts")
     if not data.is_regression:
         hfdistill.refuse_weak_teacher(teacher_arm, recipe.allow_weak_teacher)
 

@@ -148,7 +148,7 @@ def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="resume_from_checkpoint is not needed"):
         recipe.main(*parsed)
     recipe, parsed = settings(*out, "--version_2_with_negative", "true")
-    with pytest.raises(ValueError, match="every embedded question has an answer"):
+    with pytest.raises(ValueError, match="--version_2_with_negative True is about your own data"):
         recipe.main(*parsed)
     with pytest.raises(ValueError, match="unknown key 'max_step' in teacher_training"):
         run(*out, teacher_training={"max_step": 3})

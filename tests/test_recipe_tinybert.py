@@ -15,7 +15,7 @@ import yaml
 from recipes_under_test import ROOT, load_recipe
 from safetensors.torch import load_file
 
-from hfdistill import resolve_layer_map, train_wordpiece
+from hfdistill import load_text_data, resolve_layer_map, train_wordpiece
 from hfdistill.cli import parse
 
 
@@ -126,7 +126,7 @@ def test_a_finished_run_is_read_back(finished, capsys, monkeypatch):
 def test_nothing_of_the_test_part_is_read_before_the_end(finished, monkeypatch):
     """Neither tokenizer, corpus nor augmentation sees a held-out text."""
     recipe, own, args = settings("--config", str(CONFIGS / "stdlib_tinybert.yaml"), "--output_dir", "unused", steps=1)
-    data = recipe.load_data(replace(own, max_train_samples=None))
+    data = load_text_data(replace(own, max_train_samples=None))
     corpus = recipe.load_corpus(replace(own, max_corpus_documents=None), data)
     held_out = set(data.evaluation["test"]["text"])
     assert len(held_out) > 100 and not held_out & {*corpus.train["text"], *corpus.held_out["text"]}

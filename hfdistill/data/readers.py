@@ -7,12 +7,13 @@ from typing import Any
 
 
 STEM = 5
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z`'\"(\[])")
 _COMMON = frozenset("what who where when which why how does do did of in on at to is are was were the a an and".split())
 
 
 def sentences_of(context: str) -> list[str]:
-    """`context` cut behind full stops, question and exclamation marks."""
-    return re.split(r"(?<=[.!?]) +", context.strip())
+    """`context` cut behind full stops, question and exclamation marks, where a capital, a quotation mark or a bracket follows."""
+    return SENTENCE_END.split(context.strip())
 
 
 def word_overlap(question: str, context: str) -> str:

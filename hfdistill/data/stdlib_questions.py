@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .readers import SENTENCE_END
 from .stdlib_docs import parse_source, plain_text, source_files
 
 
@@ -28,7 +29,6 @@ MIN_SENTENCES, MAX_SENTENCES, MAX_CONTEXT_WORDS = 2, 8, 90
 MIN_WORDS, MAX_WORDS = 3, 30
 
 _DOCUMENTED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z`'\"(\[])")
 # What gives away that a sentence answers a question.
 _ANSWERS = {
     "return": re.compile(r"(Return|Returns|Yield|Yields)\b|.*\b(returns|is returned|are returned)\b"),
@@ -41,7 +41,8 @@ _ANSWERS = {
 def load_stdlib_questions(root: str | os.PathLike | None = None) -> Dataset:
     """Questions about the functions and classes of the standard library, answered by a sentence of their documentation.
 
-    A context is a documentation string of 2 to 8 sentences. It is asked what the thing returns, when it raises an error, what its
+    A context is what is left of a documentation string without sentences of fewer than 3 or more than 30 words, where that is 2 to 8
+    sentences and at most 90 words. It is asked what the thing returns, when it raises an error, what its
     default is, and what happens in a special case, where exactly one sentence says so by its words (`Return ...`, `... raises ...`,
     `... default ...`, `If ...`). Sources are parsed, never imported; texts that stand twice in the library are used once.
 
@@ -67,7 +68,8 @@ def load_stdlib_questions_splits(
 ) -> DatasetDict:
     """[`load_stdlib_questions`] as a label-scarce task: questions with answers, others without, and a test part.
 
-    Cut by module: no documentation of one part is about the module of another. Outside the test part one half (A) is the teacher's;
+    Cut by module: no documentation of one part is about the module of another. Near-copies are not grouped: `posixpath` and `ntpath`,
+    say, may fall on both sides. Outside the test part one half (A) is the teacher's;
     the student has `few` of its answers, and the questions of the other half (B) without answers.
 
     Args:
@@ -118,7 +120,7 @@ def sentences_in(documentation: str) -> list[str]:
         ['Return x.real, e.g. 1.5 or so.', 'Raise an error (see below).']
     """
     paragraphs = (plain_text(paragraph) for paragraph in re.split(r"\n\s*\n", documentation.strip()))
-    sentences = (sentence for paragraph in paragraphs for sentence in _SENTENCE_END.split(paragraph))
+    sentences = (sentence for paragraph in paragraphs for sentence in SENTENCE_END.split(paragraph))
     return [sentence for sentence in sentences if MIN_WORDS <= len(sentence.split()) <= MAX_WORDS]
 
 
@@ -135,7 +137,7 @@ def _rows_by_module(root: str | os.PathLike | None) -> dict[str, list[dict[str, 
     for path, _ in source_files(root):
         name = path.relative_to(root).with_suffix("").as_posix().removesuffix("/__init__").replace("/", ".")
         rows = [row for owner, body in _definitions(name, parse_source(path).body) for row in _rows(name, owner, body, seen)]
-        if rows:  # a name that is defined twice (properties, branches) would give one id twice
+        if rows:  # a name that is defined twice (a property and its setter) would give one id twice
             modules[name] = list({row["id"]: row for row in rows}.values())
     if not modules:
         raise ValueError(
@@ -146,7 +148,7 @@ def _rows_by_module(root: str | os.PathLike | None) -> dict[str, list[dict[str, 
 
 
 def _definitions(owner: str, body: list[ast.stmt]) -> Iterator[tuple[str, ast.stmt]]:
-    """Dotted name and node of every function, class and method, dunder methods left out."""
+    """Dotted name and node of what is defined directly in a module, class or function; names that begin with `__` are left out."""
     for node in body:
         if isinstance(node, _DOCUMENTED) and not node.name.startswith("__"):
             yield f"{owner}.{node.name}", node

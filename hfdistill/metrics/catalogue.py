@@ -105,9 +105,9 @@ def metric_function(metric: evaluate.Metric, **options: Any) -> Callable[[Any], 
             scores = scores[..., 0] if scores.shape[-1] == 1 else scores.argmax(-1)
         elif scores.ndim == 2 and labels.ndim == 2 and scores.shape[-1] == 1:
             scores, labels = scores[:, 0], labels[:, 0]
-        elif scores.ndim == labels.ndim == 2 and scores.dtype.kind == "f":
+        elif scores.ndim == labels.ndim == 2 and scores.dtype.kind == "f" and np.isin(labels, (0, 1, -100)).all():
             raise ValueError(
-                f"Scores of shape {scores.shape} and as many labels are several labels a row, and this metric counts one. Use "
+                f"Scores of shape {scores.shape} and as many labels of 0 and 1 are several labels a row, and this metric counts one. Use "
                 'load_metric("f1", "multilabel").'
             )
         counted = labels != -100

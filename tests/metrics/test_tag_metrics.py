@@ -109,7 +109,7 @@ def test_several_labels_a_row():
     compute = metric_function(load_metric("f1", "multilabel"), average="micro")
     # right: (0,0) (1,1) (3,0) (3,2); guessed besides: (0,2); missed: (1,2)
     assert compute(EvalPrediction(predictions=logits, label_ids=labels)) == {"f1": pytest.approx(2 * 4 / (5 + 5))}
-    with pytest.raises(ValueError, match=r'Scores of shape \(4, 3\).*load_metric\("f1", "multilabel"\)'):
+    with pytest.raises(ValueError, match=r'Scores of shape \(4, 3\) and as many labels of 0 and 1.*load_metric\("f1", "multilabel"\)'):
         metric_function(load_metric("accuracy"))(EvalPrediction(predictions=logits, label_ids=labels))
     macro = metric_function(load_metric("f1", "multilabel"), average="macro")
     assert macro(EvalPrediction(predictions=logits, label_ids=labels)) == {"f1": pytest.approx((1 + 1 + 2 / 4) / 3)}
