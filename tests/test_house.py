@@ -295,3 +295,11 @@ def test_deprecated_calls_of_transformers_are_errors(request):
         logging.getLogger("transformers.modeling_utils").warning("`old` is deprecated, use `new`")
     filters = request.config.getini("filterwarnings")
     assert {"error::DeprecationWarning:transformers", "error::FutureWarning:transformers"} <= set(filters)
+
+
+def test_the_table_of_recipes_names_every_config():
+    named = set()
+    for line in (ROOT / "recipes/README.md").read_text(encoding="utf-8").splitlines():
+        if found := re.match(r"\| `(\w+)\.py` \|", line):
+            named |= {f"{found[1]}/{name}" for cell in line.split("|")[3:5] for name in re.findall(r"`(\w+)`", cell)}
+    assert named == {f"{path.parent.name}/{path.stem}" for path in (ROOT / "recipes/configs").glob("*/*.yaml")}

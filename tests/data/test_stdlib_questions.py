@@ -33,6 +33,10 @@ class SimpleQueue:
         """Return the size of it. It is a number. Returns at once."""
     def __len__(self):
         """Return the number of items. It is a number. If empty, it is zero."""
+    def room(self):
+        """Return the room that is left. It is a number."""
+    def room(self, more):
+        """Change the room that is left. Returns the new one."""
     def undocumented(self):
         def inner():
             """Does the inner work. Nothing else is done. What was found is returned."""
@@ -63,6 +67,7 @@ def test_questions_of_a_small_library(library):
     assert {name: (row["question"], *row["answers"]["text"]) for name, row in rows.items()} == {
         "queue.SimpleQueue.error": ("When does simple queue raise an error?", "Raises Full when there is no room."),
         "queue.SimpleQueue.default": ("What is the default of simple queue?", "The size is 10 by default."),
+        "queue.SimpleQueue.room.return": ("What does room return?", "Returns the new one."),  # defined twice
         "queue.SimpleQueue.undocumented.inner.return": ("What does inner return?", "What was found is returned."),
     }  # two conditions of put_nowait, two results of getSize, a dunder, a repetition, a long one, a sentence that stands twice
     assert rows["queue.SimpleQueue.error"]["context"] == (
