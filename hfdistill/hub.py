@@ -24,6 +24,15 @@ DEFAULT_LIMITS = (
     "The student learnt to answer as its teacher does, so it shares the teacher's mistakes and biases and adds some of its own. It was "
     "measured on the data named above and on nothing else; measure it on yours before you rely on it."
 )
+QUESTION_ANSWERING = """\
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForQuestionAnswering.from_pretrained("{name}")
+inputs = tokenizer("What does it return?", "Reads a line. Returns the text of it.", return_tensors="pt")
+output = model(**inputs)
+start, end = output.start_logits.argmax(), output.end_logits.argmax()
+print(tokenizer.decode(inputs["input_ids"][0, start : end + 1]))"""
 # Hub ids, "user/name" or "name": what may stand in base_model, and in a pipeline() call that others can copy.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _ABSOLUTE = re.compile(r"(/|~|\.{1,2}[\\/]|[A-Za-z]:[\\/]|\\)")
@@ -58,7 +67,7 @@ class CardContext:
         summary (`str`, *optional*): the first sentence.
         repo_id (`str`, *optional*): under which the student is published, for the example.
         library_name (`str`): `transformers`, or `peft` where the adapters alone are published; they need their base model.
-        usage (`str`, *optional*): Python code that loads the student; default: a `pipeline`, where there is a `pipeline_tag`.
+        usage (`str`, *optional*): Python code that loads the student; default: a `pipeline` (or the Auto class), where there is a `pipeline_tag`.
     """
 
     student_name: str
@@ -203,6 +212,8 @@ def _usage(card: CardContext) -> str:
     if card.usage or not card.pipeline_tag or card.library_name == "peft":
         return card.usage or ""
     name = card.repo_id or card.student_name
+    if card.pipeline_tag == "question-answering":  # Transformers 5 has no pipeline for it
+        return QUESTION_ANSWERING.format(name=name)
     return f'from transformers import pipeline\n\nmodel = pipeline("{card.pipeline_tag}", model="{name}")'
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import families
 import pytest
 from example_results import make_results
 from huggingface_hub import ModelCard
 
-from hfdistill import hub
+from hfdistill import hub, train_wordpiece
 from hfdistill.citations import LOSS_PAPERS, PAPERS, citations_for
 from hfdistill.hub import CARD_TAGS, CardContext, distillation_card, template_path
 from hfdistill.losses import LOSSES
@@ -180,3 +183,24 @@ def test_citations():
 def test_rendering_needs_no_network():
     """`no_network` of conftest makes any connection an error; a card with Hub names everywhere must not open one."""
     assert distillation_card(context(dataset_ids=["glue"], repo_id="org/student")).data.base_model == "org/teacher"
+
+
+@pytest.mark.parametrize(
+    "tag, head",
+    [
+        ("text-classification", "SequenceClassification"),
+        ("token-classification", "TokenClassification"),
+        ("question-answering", "QuestionAnswering"),
+        ("fill-mask", "MaskedLM"),
+        ("feature-extraction", "MaskedLM"),
+    ],
+)
+def test_the_code_on_the_card_runs(tmp_path, tag, head):
+    tokenizer = train_wordpiece(["What does it return? Reads a line. Returns the text of it."], vocab_size=families.VOCAB)
+    options = {"num_labels": 2} if head.endswith(("Classification", "Answering")) else {}
+    model = families.build("bert", 1, head=head, vocab_size=len(tokenizer), **options)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "student")
+    code = re.search(r"```python\n(.*?)```", distillation_card(context(student_name="student", pipeline_tag=tag)).text, re.S)[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
