@@ -47,6 +47,8 @@ class CardContext:
         teacher_name (`str`, *optional*): Hub id or name of the teacher.
         base_model (`str` or `list[str]`, *optional*): the checkpoint the student's *weights* start from; leave it out for a student
             that started from random numbers. A local folder is named in the text, but not in the metadata, which links to the Hub.
+        weights_from (`str`, *optional*): what they start from in words, where that has no name: blocks of a teacher trained in the same
+            run.
         objective (`list[dict]`): one entry a part of the loss, as `Objective.describe()` gives them: `name`, `loss`, `weight`,
             `layer_map`, `options` (such as `temperature`), ...
         layer_map_table (`str`, *optional*): Markdown.
@@ -67,12 +69,14 @@ class CardContext:
         summary (`str`, *optional*): the first sentence.
         repo_id (`str`, *optional*): under which the student is published, for the example.
         library_name (`str`): `transformers`, or `peft` where the adapters alone are published; they need their base model.
-        usage (`str`, *optional*): Python code that loads the student; default: a `pipeline` (or the Auto class), where there is a `pipeline_tag`.
+        usage (`str`, *optional*): Python code that loads the student; default: a `pipeline` (or the Auto class), where there is a
+            `pipeline_tag`.
     """
 
     student_name: str
     teacher_name: str | None = None
     base_model: str | Sequence[str] | None = None
+    weights_from: str | None = None
     objective: Sequence[Mapping[str, Any]] = ()
     layer_map_table: str | None = None
     stages: Sequence[Mapping[str, Any]] = ()

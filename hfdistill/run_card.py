@@ -53,6 +53,7 @@ def card_fields(trainer) -> dict[str, Any]:
         "student_name": os.path.basename(os.path.abspath(trainer.args.output_dir)),
         "teacher_name": _teacher_name(trainer.teacher),
         "base_model": start or None,
+        "weights_from": _copied(origin),
         "objective": [_row(term) for term in trainer.objective.describe()],
         "layer_map_table": "\n\n".join(tables) or None,
         "hyperparameters": {name: getattr(trainer.args, name) for name in HYPERPARAMETERS} | adapter_settings(trainer.student.model),
@@ -62,6 +63,15 @@ def card_fields(trainer) -> dict[str, Any]:
         "repo_id": trainer.hub_model_id,
         **_adapter_fields(trainer, start, tag),
     }
+
+
+def _copied(origin: dict[str, Any] | None) -> str | None:
+    """What `build_student` recorded about copied weights, in words."""
+    if not origin or not origin["width"]:
+        return None
+    blocks = ", ".join(str(block) for block in origin["layers"])
+    width = "" if origin["width"] == "same" else f", width by {origin['width']}"
+    return f"its teacher: block{'s' if len(origin['layers']) > 1 else ''} {blocks}{width}"
 
 
 def staged_card(stages: list[dict[str, Any]]) -> dict[str, Any]:

@@ -12,8 +12,9 @@ import families
 import pytest
 from example_results import make_results
 from huggingface_hub import ModelCard
+from training import arguments, pad, ragged
 
-from hfdistill import hub, train_wordpiece
+from hfdistill import DistillationTrainer, build_student, hub, train_wordpiece
 from hfdistill.citations import LOSS_PAPERS, PAPERS, citations_for
 from hfdistill.hub import CARD_TAGS, CardContext, distillation_card, template_path
 from hfdistill.losses import LOSSES
@@ -204,3 +205,12 @@ def test_the_code_on_the_card_runs(tmp_path, tag, head):
     code = re.search(r"```python\n(.*?)```", distillation_card(context(student_name="student", pipeline_tag=tag)).text, re.S)[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("copied, words", [(True, "its teacher: block 0"), (False, "random numbers")], ids=["copied", "random"])
+def test_what_the_weights_start_from_where_the_teacher_has_no_name(tmp_path, copied, words):
+    teacher, data = families.build("bert", 2), ragged("bert")
+    student = build_student(teacher, num_hidden_layers=1, layer_map="first", copy_weights=copied)
+    trainer = DistillationTrainer(student, arguments(tmp_path), train_dataset=data, data_collator=pad, teacher=teacher)
+    trainer.create_model_card()
+    assert f"| Student's weights start from | {words} |" in (tmp_path / "README.md").read_text()
