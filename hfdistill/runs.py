@@ -280,6 +280,7 @@ class Run:
         trainer.args.output_dir = str(self.root)
         trainer.save_model(str(self.root))
         if self.args.should_save:
+            self._claim()  # not done yet where no arm was trained
             results = write_results(results, self.root / "results.json")
             rows = results_rows(results)
             print_table(rows, title=results["task"])
