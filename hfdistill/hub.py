@@ -25,13 +25,19 @@ DEFAULT_LIMITS = (
     "measured on the data named above and on nothing else; measure it on yours before you rely on it."
 )
 QUESTION_ANSWERING = """\
+import torch
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = AutoModelForQuestionAnswering.from_pretrained("{name}")
-inputs = tokenizer("What does it return?", "Reads a line. Returns the text of it.", return_tensors="pt")
+question, context = "What does it return?", "Reads a line. Returns the text of it."
+inputs = tokenizer(question, context, truncation="only_second", return_tensors="pt")
 output = model(**inputs)
-start, end = output.start_logits.argmax(), output.end_logits.argmax()
+# The best start and end that are both in the context, in this order; long contexts were measured in windows.
+inside = torch.tensor([part == 1 for part in inputs.sequence_ids(0)])
+scores = output.start_logits[0][:, None] + output.end_logits[0]
+scores = scores.where(torch.outer(inside, inside).triu(), -torch.inf)
+start, end = divmod(int(scores.argmax()), len(inside))
 print(tokenizer.decode(inputs["input_ids"][0, start : end + 1]))"""
 # Hub ids, "user/name" or "name": what may stand in base_model, and in a pipeline() call that others can copy.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

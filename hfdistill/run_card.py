@@ -71,7 +71,7 @@ def _copied(origin: dict[str, Any] | None) -> str | None:
         return None
     blocks = ", ".join(str(block) for block in origin["layers"])
     width = "" if origin["width"] == "same" else f", width by {origin['width']}"
-    return f"its teacher: block{'s' if len(origin['layers']) > 1 else ''} {blocks}{width}"
+    return f"its teacher: embeddings, head and block{'s' if len(origin['layers']) > 1 else ''} {blocks}{width}"
 
 
 def staged_card(stages: list[dict[str, Any]]) -> dict[str, Any]:

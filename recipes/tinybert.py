@@ -69,8 +69,11 @@ def main(recipe, args):
     if recipe.prune_vocabulary:
         raise ValueError("prune_vocabulary would give the two teachers and the student different tokens. Leave it out")
     for name in ("general_teacher_training", "general_teacher_mlm_probability"):
-        if getattr(recipe, name) and recipe.general_teacher_name_or_path:
-            raise ValueError(f"{name} would have no effect: the general teacher is given by name and is not trained. Leave one of both out")
+        if getattr(recipe, name) not in (None, {}) and recipe.general_teacher_name_or_path:
+            raise ValueError(
+                f"{name} would have no effect: the general teacher is given by name and is not trained. Leave one of both out, in the YAML "
+                "too"
+            )
     teaches_general = recipe.teacher_model_name_or_path is None or recipe.augmentation_copies > 0 or uses(recipe, "teacher", "general")
     trains_general = teaches_general and recipe.general_teacher_name_or_path is None
 
@@ -112,7 +115,8 @@ def main(recipe, args):
         corpus_rows = hfdistill.encode_corpus(corpus.train, tokenizer, corpus_length, streaming=corpus.streaming, seed=args.seed)
         held_out_rows = hfdistill.encode_corpus(corpus.held_out, tokenizer, corpus_length)
     if trains_general:
-        collator = hfdistill.MaskingCollator(general.tokenizer, recipe.general_teacher_mlm_probability or 0.15, seed=args.seed)
+        share = recipe.general_teacher_mlm_probability
+        collator = hfdistill.MaskingCollator(general.tokenizer, 0.15 if share is None else share, seed=args.seed)
         asked = hfdistill.MaskingCollator(general.tokenizer, seed=args.seed).mask_dataset(held_out_rows)
         run.say(f"General teacher: a masked language model on {corpus.description}")
         trainer = hfdistill.DistillationTrainer(
@@ -222,6 +226,7 @@ def main(recipe, args):
     results["augmented_texts"] = len(augmented)
     if general_arm is not None:
         results["general_teacher"] = {name: general_arm.metrics[f"eval_{name}"] for name in ("accuracy", "perplexity")}
+        results["seconds"]["general_teacher"] = general_arm.seconds
     results["evaluation"] = {split: published.trainer.evaluate(rows) for split, rows in evaluation.items()}
     run.publish(published, results, limits=LIMITS if data.embedded else None)
     return results

@@ -205,9 +205,11 @@ def test_the_code_on_the_card_runs(tmp_path, tag, head):
     code = re.search(r"```python\n(.*?)```", distillation_card(context(student_name="student", pipeline_tag=tag)).text, re.S)[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    if tag == "question-answering":  # whatever random weights answer stands in the context
+        assert done.stdout.strip() and done.stdout.strip() in "reads a line. returns the text of it."
 
 
-@pytest.mark.parametrize("copied, words", [(True, "its teacher: block 0"), (False, "random numbers")], ids=["copied", "random"])
+@pytest.mark.parametrize("copied, words", [(True, "its teacher: embeddings, head and block 0"), (False, "random numbers")])
 def test_what_the_weights_start_from_where_the_teacher_has_no_name(tmp_path, copied, words):
     teacher, data = families.build("bert", 2), ragged("bert")
     student = build_student(teacher, num_hidden_layers=1, layer_map="first", copy_weights=copied)
