@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+from example_results import make_results
 from training import arguments
 
 from hfdistill import WITHOUT_TEACHER, Comparison, RecipeArguments, Run, label_comparisons, open_run
@@ -120,6 +121,19 @@ def test_a_folder_belongs_to_a_number_of_processes(tmp_path):
         Run(processes(tmp_path, 1), "a" * 64)
     with pytest.raises(ValueError, match="this one is bbbbbbbbbbbb on 2 processes"):
         Run(processes(tmp_path, 2), "b" * 64)
+
+
+def test_a_run_that_trained_nothing_owns_what_it_published(tmp_path, monkeypatch):
+    """Its arms were all there already; started again, it must not take its own student for that of somebody else."""
+    monkeypatch.setattr("hfdistill.runs.plot_results", lambda *args: None)
+    run = Run(arguments(tmp_path), "a" * 64)
+    (tmp_path / "config.json").write_text("{}")  # the published student
+    trainer = SimpleNamespace(args=SimpleNamespace(), save_model=lambda folder: None, create_model_card=lambda: None)
+    arm = SimpleNamespace(trainer=trainer, metrics={"eval_accuracy": 0.5}, log_history=[], stages=[])
+    run.publish(arm, {"command": "x", **make_results()})
+    Run(arguments(tmp_path), "a" * 64)
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        Run(arguments(tmp_path), "b" * 64)
 
 
 def test_a_run_is_known_by_settings_data_and_the_files_of_its_checkpoints(tmp_path):
