@@ -38,19 +38,40 @@ class DistillationLoss(nn.Module):
     signals: ClassVar[tuple[str, ...] | None] = None
     """Every signal it can compare, for losses that would make no sense of some; `None` says nothing."""
     unit: ClassVar[str] = "rows"
-    """What `count` counts: `rows` (positions where `mask` is True), `pairs` (query-key pairs) or `sequences` (samples with at least
-    one real token)."""
+    """What `count` counts: `rows` (positions where `mask` is True), `pairs` (query-key pairs), `sequences` (samples with at least one
+    real token; every sample where there is no mask) or `labels` (rows whose label is not missing)."""
+    layout: ClassVar[str] = "rows"
+    """The shape it takes: `rows` `(..., width)`, `maps` `(batch, channels, height, width)`, or `vectors` `(batch, width)`, one for each
+    sample. The caller brings hidden states and feature maps into it: token maps are flattened to rows, samples to vectors."""
+    same_size: ClassVar[bool] = True
+    """For feature maps: whether both sides must have one height and width. The caller then average-pools each axis to the smaller."""
+    joint: ClassVar[bool] = False
+    """Whether it takes all mapped layers at once: lists of tensors, one for each pair of the layer map, in its order."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """What `compute` takes as keywords beside what is scheduled: `labels` (one for each row) and `example_ids` (one for each sample)."""
     compares_widths: ClassVar[bool] = True
     """Whether it needs both sides of one width. Where not, no adapter is made for it."""
     scheduled: ClassVar[tuple[str, ...]] = ()
     """Names of float attributes that may follow a schedule; `forward` takes them as keywords."""
 
-    def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None, **scheduled: float) -> LossValue:
-        unknown = set(scheduled) - set(self.scheduled)
+    def forward(self, student, teacher, mask: Tensor | None = None, **options) -> LossValue:
+        unknown = set(options) - set(self.scheduled) - set(self.needs)
         if unknown:
-            raise TypeError(f"{type(self).__name__} has no scheduled value {sorted(unknown)}")
-        with torch.autocast(student.device.type, enabled=False):
-            return self.compute(raise_precision(student), raise_precision(teacher.detach()), mask, **scheduled)
+            raise TypeError(f"{type(self).__name__} has no scheduled value or input {sorted(unknown)}")
+        first = student[0] if self.joint else student
+        with torch.autocast(first.device.type, enabled=False):
+            if self.joint:
+                student, teacher = [raise_precision(s) for s in student], [raise_precision(t.detach()) for t in teacher]
+            else:
+                student, teacher = raise_precision(student), raise_precision(teacher.detach())
+            return self.compute(student, teacher, mask, **options)
+
+    def prepare(self, student: tuple[int, ...] | list[tuple[int, ...]], teacher: tuple[int, ...] | list[tuple[int, ...]]) -> None:
+        """Makes the parameters of losses that train some, from the shapes of an example (lists of shapes where `joint`).
+
+        Called once, before training, under a seed of its own. They are trained with the student, saved beside its checkpoints and
+        never part of it.
+        """
 
     def compute(self, student: Tensor, teacher: Tensor, mask: Tensor | None, **scheduled: float) -> LossValue:
         raise NotImplementedError(f"{type(self).__name__} must implement compute")
