@@ -26,25 +26,49 @@ _NAMES = {
         "AttentionKLLoss",
         "AttentionMSELoss",
         "AttentionScoreMSELoss",
+        "AttentionTransferLoss",
         "BinarySoftTargetsLoss",
+        "CRDLoss",
         "ContrastivePairsLoss",
+        "CorrelationCongruenceLoss",
         "CosineLoss",
+        "DISTLoss",
+        "DarkRankLoss",
+        "DecoupledLoss",
         "EmbeddingMSELoss",
+        "FSPLoss",
+        "FactorTransferLoss",
+        "HCLLoss",
+        "HardTargetsLoss",
         "HiddenMSELoss",
         "HiddenMomentsLoss",
+        "HintLoss",
+        "InfoNCELoss",
+        "InstanceGraphLoss",
         "LogitMSELoss",
+        "MarginMSELoss",
+        "NSTLoss",
         "NormalizedHiddenMSELoss",
+        "PKTLoss",
         "PatientLoss",
+        "RKDAngleLoss",
+        "RKDDistanceLoss",
         "RegressionMSELoss",
         "RelationKLLoss",
+        "ReviewLoss",
+        "SimilarityKLLoss",
+        "SimilarityPreservingLoss",
         "SoftTargetsLoss",
+        "StandardizedSoftTargetsLoss",
         "TaskBinaryCrossEntropyLoss",
         "TaskCrossEntropyLoss",
         "TaskLoss",
         "TaskSpanLoss",
         "TaskSquaredErrorLoss",
+        "VIDLoss",
     ),
     "losses.base": ("DistillationLoss", "LossValue"),
+    "losses.batch": ("BatchLoss",),
     "signals": ("Signals",),
     "capture": ("Capture",),
     "models.peft_student": ("lora_config",),
@@ -68,6 +92,10 @@ _NAMES = {
     "data.spans": ("SpanData", "load_embedded_spans", "load_named_spans"),
     "data.stdlib_questions": ("load_stdlib_questions", "load_stdlib_questions_splits"),
     "data.windows": ("encode_spans",),
+    "data.digits": ("load_digits_splits",),
+    "data.image_augmentation": ("ImageAugmentation",),
+    "data.image_collator": ("ImageCollator",),
+    "data.images": ("ImageData", "load_image_data"),
     "data.tokenizer": ("train_wordpiece",),
     "data.vocabulary": ("prune_tokenizer",),
     "metrics": (
@@ -94,10 +122,11 @@ _NAMES = {
     "metrics.ngrams": ("NgramBaselines",),
     "alignment": ("resolve_vocabulary", "teacher_token_ids"),
     "sentence_encoder": ("SentenceEncoder", "read_sentence_encoder", "save_sentence_encoder"),
-    "baselines": ("chance_level", "linear_baselines", "majority_share", "pair_baselines", "tfidf_logistic_regression", "window_baselines"),
+    "baselines": ("chance_level", "linear_baselines", "majority_share", "pair_baselines", "pixel_baselines", "tfidf_logistic_regression", "window_baselines"),
     "peft_arguments": ("PeftArguments",),
     "export": ("merged_student",),
-    "recipe_arguments": ("RecipeArguments", "TextDataArguments", "recipe_field"),
+    "recipe_arguments": ("ImageDataArguments", "RecipeArguments", "TextDataArguments", "recipe_field"),
+    "image_pair": ("ImageModelPair",),
     "model_pair": ("ModelPair",),
     "stages": ("Stage",),
     "stage_training": ("StageRecord", "train_stages"),
@@ -112,7 +141,7 @@ _NAMES = {
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_MODULE_OF)
 
-if TYPE_CHECKING:  # the table above, for type checkers and editors; tests/test_house.py compares the two
+if TYPE_CHECKING:
     from .ablation import load_ablation as load_ablation
     from .ablation import run_ablation as run_ablation
     from .alignment import resolve_vocabulary as resolve_vocabulary
@@ -124,6 +153,7 @@ if TYPE_CHECKING:  # the table above, for type checkers and editors; tests/test_
     from .baselines import linear_baselines as linear_baselines
     from .baselines import majority_share as majority_share
     from .baselines import pair_baselines as pair_baselines
+    from .baselines import pixel_baselines as pixel_baselines
     from .baselines import tfidf_logistic_regression as tfidf_logistic_regression
     from .baselines import window_baselines as window_baselines
     from .benchmark import measure_model as measure_model
@@ -141,6 +171,11 @@ if TYPE_CHECKING:  # the table above, for type checkers and editors; tests/test_
     from .data.corpus import Corpus as Corpus
     from .data.corpus import load_corpus as load_corpus
     from .data.corpus import load_embedded_corpus as load_embedded_corpus
+    from .data.digits import load_digits_splits as load_digits_splits
+    from .data.image_augmentation import ImageAugmentation as ImageAugmentation
+    from .data.image_collator import ImageCollator as ImageCollator
+    from .data.images import ImageData as ImageData
+    from .data.images import load_image_data as load_image_data
     from .data.masking import CausalCollator as CausalCollator
     from .data.masking import MaskingCollator as MaskingCollator
     from .data.masking import count_tokens as count_tokens
@@ -177,30 +212,55 @@ if TYPE_CHECKING:  # the table above, for type checkers and editors; tests/test_
     from .data.vocabulary import prune_tokenizer as prune_tokenizer
     from .data.windows import encode_spans as encode_spans
     from .export import merged_student as merged_student
+    from .image_pair import ImageModelPair as ImageModelPair
     from .losses import LOSSES as LOSSES
     from .losses import TASK_LOSSES as TASK_LOSSES
     from .losses import AttentionKLLoss as AttentionKLLoss
     from .losses import AttentionMSELoss as AttentionMSELoss
     from .losses import AttentionScoreMSELoss as AttentionScoreMSELoss
+    from .losses import AttentionTransferLoss as AttentionTransferLoss
     from .losses import BinarySoftTargetsLoss as BinarySoftTargetsLoss
     from .losses import ContrastivePairsLoss as ContrastivePairsLoss
+    from .losses import CorrelationCongruenceLoss as CorrelationCongruenceLoss
     from .losses import CosineLoss as CosineLoss
+    from .losses import CRDLoss as CRDLoss
+    from .losses import DarkRankLoss as DarkRankLoss
+    from .losses import DecoupledLoss as DecoupledLoss
+    from .losses import DISTLoss as DISTLoss
     from .losses import EmbeddingMSELoss as EmbeddingMSELoss
+    from .losses import FactorTransferLoss as FactorTransferLoss
+    from .losses import FSPLoss as FSPLoss
+    from .losses import HardTargetsLoss as HardTargetsLoss
+    from .losses import HCLLoss as HCLLoss
     from .losses import HiddenMomentsLoss as HiddenMomentsLoss
     from .losses import HiddenMSELoss as HiddenMSELoss
+    from .losses import HintLoss as HintLoss
+    from .losses import InfoNCELoss as InfoNCELoss
+    from .losses import InstanceGraphLoss as InstanceGraphLoss
     from .losses import LogitMSELoss as LogitMSELoss
+    from .losses import MarginMSELoss as MarginMSELoss
     from .losses import NormalizedHiddenMSELoss as NormalizedHiddenMSELoss
+    from .losses import NSTLoss as NSTLoss
     from .losses import PatientLoss as PatientLoss
+    from .losses import PKTLoss as PKTLoss
     from .losses import RegressionMSELoss as RegressionMSELoss
     from .losses import RelationKLLoss as RelationKLLoss
+    from .losses import ReviewLoss as ReviewLoss
+    from .losses import RKDAngleLoss as RKDAngleLoss
+    from .losses import RKDDistanceLoss as RKDDistanceLoss
+    from .losses import SimilarityKLLoss as SimilarityKLLoss
+    from .losses import SimilarityPreservingLoss as SimilarityPreservingLoss
     from .losses import SoftTargetsLoss as SoftTargetsLoss
+    from .losses import StandardizedSoftTargetsLoss as StandardizedSoftTargetsLoss
     from .losses import TaskBinaryCrossEntropyLoss as TaskBinaryCrossEntropyLoss
     from .losses import TaskCrossEntropyLoss as TaskCrossEntropyLoss
     from .losses import TaskLoss as TaskLoss
     from .losses import TaskSpanLoss as TaskSpanLoss
     from .losses import TaskSquaredErrorLoss as TaskSquaredErrorLoss
+    from .losses import VIDLoss as VIDLoss
     from .losses.base import DistillationLoss as DistillationLoss
     from .losses.base import LossValue as LossValue
+    from .losses.batch import BatchLoss as BatchLoss
     from .metrics import GLUE_METRICS as GLUE_METRICS
     from .metrics import agreement as agreement
     from .metrics import answer_agreement as answer_agreement
@@ -231,6 +291,7 @@ if TYPE_CHECKING:  # the table above, for type checkers and editors; tests/test_
     from .objective import Objective as Objective
     from .peft_arguments import PeftArguments as PeftArguments
     from .plots import plot_results as plot_results
+    from .recipe_arguments import ImageDataArguments as ImageDataArguments
     from .recipe_arguments import RecipeArguments as RecipeArguments
     from .recipe_arguments import TextDataArguments as TextDataArguments
     from .recipe_arguments import recipe_field as recipe_field

@@ -73,8 +73,9 @@ class DistillationTrainingArguments(TrainingArguments):
     adapter: str = _knob(
         "auto",
         "Projection of the student's width to the teacher's: auto (linear where they differ), linear, mlp, shared (one linear map for "
-        "all layers and terms of equal widths) or none.",
-        choices=["auto", "linear", "shared", "mlp", "none"],
+        "all layers and terms of equal widths) or none. On feature maps these are 1x1 convolutions; conv_bn_relu, for maps alone, adds a "
+        "batch norm and ReLU (FitNets' regressor).",
+        choices=["auto", "linear", "shared", "mlp", "conv_bn_relu", "none"],
     )
     pooling: str = _knob(
         "auto",
@@ -108,6 +109,12 @@ class DistillationTrainingArguments(TrainingArguments):
     learning_rate_scales: dict[str, float] | str | None = _knob(
         None, "Factors of the learning rate by part (named as in frozen_parts), such as {'blocks.0-2': 0.1}; others keep 1."
     )
+    learning_rate_milestones: list[float] | None = _knob(
+        None,
+        "Shares of training at which the learning rate is multiplied by learning_rate_gamma (0.625 0.75 0.875: the CIFAR protocol). "
+        "Replaces lr_scheduler_type.",
+    )
+    learning_rate_gamma: float = _knob(0.1, "Factor of the learning rate at each milestone.")
     teacher_model_init_kwargs: dict[str, Any] | str | None = _knob(
         None, "Keyword arguments of from_pretrained for a teacher given by name."
     )
@@ -186,6 +193,18 @@ class DistillationTrainingArguments(TrainingArguments):
                     f"learning_rate_scales[{part!r}] must be a finite number > 0, got {scale!r}. To train a part not at all, name it in "
                     "frozen_parts."
                 )
+        milestones = self.learning_rate_milestones or []
+        if any(not 0 < share < 1 for share in milestones) or sorted(set(milestones)) != milestones:
+            raise ValueError(
+                f"learning_rate_milestones must be shares of training between 0 and 1, in rising order, got {milestones}: the learning rate "
+                "falls at each. Write epoch 150 of 240 as 0.625."
+            )
+        if milestones and self.warmup_steps:
+            raise ValueError(
+                f"learning_rate_milestones starts at the full learning rate, so warmup_steps={self.warmup_steps} would not be used. Remove one."
+            )
+        if not math.isfinite(self.learning_rate_gamma) or not 0 < self.learning_rate_gamma < 1:
+            raise ValueError(f"learning_rate_gamma must be between 0 and 1, got {self.learning_rate_gamma}: it lowers the learning rate.")
         for name in ("teacher_batch_size", "calibration_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:

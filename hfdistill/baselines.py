@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .data.image_files import pixels_of
 from .metrics.embeddings import retrieval_metrics, similarity_metrics
 
 
@@ -158,3 +159,27 @@ def chance_level(metric: str, documents: int) -> float:
         return 0.0
     ranks = range(1, min(int(cutoff), documents) + 1)
     return sum(1 / rank if kind == "mrr" else 1 for rank in ranks) / documents
+
+
+def pixel_baselines(data) -> dict[str, float]:
+    """Accuracy of logistic regression on pixels with the student's labels and with the teacher's, and of the majority class.
+
+    Args:
+        data ([`ImageData`]): images that all have one size.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    test = next(iter(data.evaluation.values()))
+
+    def table(split) -> tuple[np.ndarray, np.ndarray]:
+        return pixels_of(split), np.asarray(split["label"])
+
+    pixels, truth = table(test)
+
+    def fitted_on(split) -> float:
+        return float((LogisticRegression(max_iter=2000).fit(*table(split)).predict(pixels) == truth).mean())
+
+    values = {"pixel_logreg": fitted_on(data.labelled)}
+    if len(data.transfer):
+        values["pixel_logreg_teacher_labels"] = fitted_on(data.teacher_train)
+    return {**values, "majority": majority_share(truth)}

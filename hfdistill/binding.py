@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -17,12 +18,16 @@ from .losses.spans import TaskSpanLoss
 from .losses.task import TaskCrossEntropyLoss
 from .models.adapters import SharedAdapter, build_adapter
 from .models.anatomy import problem_type_of, task_of
-from .models.layer_map import resolve_layer_map
+from .models.layer_map import Pairs, resolve_layer_map
 from .models.similarity import similar_layer_map
-from .objective import BoundTerm, Objective, Pairs
+from .objective import BoundTerm, Objective
 from .schedules import resolve_schedule
 from .signals import ATTENTION_SIGNALS, LAYERED_SIGNALS, Signals
 from .terms import PAIRS, TASK, Term
+
+
+# Losses whose temperature is that of the run where the term has none; others have one of another kind, with a default of its own.
+_RUN_TEMPERATURE = ("soft_targets", "binary_soft_targets", "standardized_soft_targets", "decoupled")
 
 
 def build_objective(
@@ -35,6 +40,7 @@ def build_objective(
     recorded: list[int] | None = None,
     calibration: Mapping | None = None,
     fixed_maps: Mapping[str, Pairs] | None = None,
+    example_labels: Callable[[], torch.Tensor] | None = None,
 ) -> Objective:
     """Binds terms to a student and a teacher: layer maps, adapters, units. Everything that cannot work is refused here.
 
@@ -48,6 +54,7 @@ def build_objective(
         recorded: teacher block of each student block as recorded by `build_student`, for `layer_map="original"`.
         calibration: a batch for `layer_map="similar"`.
         fixed_maps: layer maps by term name that replace the resolved ones (from a checkpoint).
+        example_labels: gives the label of every training example by its number, -100 where unknown, for losses that remember examples.
 
     Raises:
         ValueError: where a signal cannot be had, blocks do not exist, widths, heads or lengths do not fit.
@@ -58,19 +65,28 @@ def build_objective(
             f"The term {layered[0].name!r} compares layers, but the teacher is a function, whose layers are not known. "
             "Pass the teacher as a module, or use terms on logits."
         )
-    depths = (student.depth, teacher.depth) if layered else (0, 0)
-    similarity = _similarity(student, teacher, calibration) if _wants(layered, args, "similar") else None
+    depths = {signal: _depths(signal, student, teacher, example) for signal in {_depth_kind(term) for term in layered}}
+    similarities = {
+        signal: _similarity(signal, student, teacher, calibration)
+        for signal in {_depth_kind(term) for term in layered if _strategy(term, args) == "similar"}
+    }
     bound = []
     for term in terms:
         pairs = None
         if term.loss_signal in LAYERED_SIGNALS:
-            spec = args.layer_map if term.layer_map is None else term.layer_map
+            spec, kind = _strategy(term, args), _depth_kind(term)
             if term.name in (fixed_maps or {}):
                 pairs = fixed_maps[term.name]
             elif spec == "similar":
-                pairs = similarity
+                pairs = similarities[kind]
             elif spec != "random":
-                pairs = resolve_layer_map(spec, *depths, seed=args.seed, recorded=recorded)
+                named = kind == "features"
+                pairs = resolve_layer_map(spec, *depths[kind], seed=args.seed, recorded=recorded, named=named)
+            elif kind == "features" or term.loss_class.joint:
+                raise ValueError(
+                    f"The term {term.name!r} cannot draw its layer map anew each step: its layers have different shapes, or belong "
+                    "together. Use layer_map='uniform', or pairs such as '0:0,1:1'."
+                )
         bound.append((term, pairs))
 
     task = task_of(student.model)
@@ -84,12 +100,12 @@ def build_objective(
     if task in ("sequence", "other"):
         compares_logits = any(term.loss_signal == "logits" and not term.is_task for term in terms)
         problem_type = _problem_type(student, teacher, labels_dtype, compares_logits)
-    needs = [(t.loss_signal, range(depths[0]) if pairs is None else [s for s, _ in pairs]) for t, pairs in bound]
+    needs = [(t.loss_signal, _layers(t, pairs, depths, 0)) for t, pairs in bound]
     answer = "pooled" if task == "features" else "logits"
     s_example = student.require(plan_for([(answer, [])]).union(plan_for(needs)), example)
     t_example = None
     if teacher is not None:
-        needs = [(t.loss_signal, range(depths[1]) if p is None else [k for _, k in p]) for t, p in bound if not t.is_task]
+        needs = [(t.loss_signal, _layers(t, pairs, depths, 1)) for t, pairs in bound if not t.is_task]
         if needs:
             t_example = teacher.require(plan_for(needs), example)
     if task == "other":
@@ -99,7 +115,9 @@ def build_objective(
     if positions == "auto":
         positions = "marked" if TARGET_MASK in example else "all" if task == "masked_lm" else "labelled"
     objective_terms = [_bind(term, pairs, task, problem_type, args) for term, pairs in bound]
-    objective = Objective(objective_terms, task, problem_type, positions, args.seed, depths)
+    for own in objective_terms:
+        own.depths = depths[_depth_kind(own.term)] if own.layered else (0, 0)
+    objective = Objective(objective_terms, task, problem_type, positions, args.seed)
     objective.task_loss = build_task_loss(task, problem_type, args.label_smoothing_factor)
     # Adapters get their own seed: the student's dropout must not depend on whether there is an adapter.
     with torch.random.fork_rng(devices=[]):
@@ -107,7 +125,8 @@ def build_objective(
         for term in objective.terms.values():
             poolings = [capture.pooling for capture in (student, teacher) if capture is not None]
             term.pooling = poolings[0] if len({*poolings}) == 1 else f"student {poolings[0]}, teacher {poolings[1]}"
-            _add_adapters(term, args, s_example, t_example, depths, objective.shared_adapters)
+            _add_adapters(term, args, s_example, t_example, objective.shared_adapters)
+            _prepare_losses(term, s_example, t_example, example_labels)
             if term.signal in ATTENTION_SIGNALS:
                 _check_checkpointing(student, args)
             if getattr(term.loss, "token", None) == "first" and any(c is not None and c.is_causal for c in (student, teacher)):
@@ -116,7 +135,7 @@ def build_objective(
                     "would teach nothing about the text. Set its option token='last'."
                 )
             if term.signal == "attention_scores":
-                _check_attention(term, student, teacher, s_example, t_example, depths)
+                _check_attention(term, student, teacher, s_example, t_example)
     return objective
 
 
@@ -143,8 +162,26 @@ def _problem_type(student: Capture, teacher: Capture | None, labels_dtype: torch
     return own or (other if compares_logits else None) or problem_type_of(student.model, labels_dtype)
 
 
-def _wants(terms: list[Term], args, strategy: str) -> bool:
-    return any((args.layer_map if term.layer_map is None else term.layer_map) == strategy for term in terms)
+def _strategy(term: Term, args):
+    return args.layer_map if term.layer_map is None else term.layer_map
+
+
+def _depth_kind(term: Term) -> str:
+    """Whether the layers of a term are stages (`features`) or transformer blocks (`hidden_states`)."""
+    return "features" if term.loss_signal == "features" else "hidden_states"
+
+
+def _depths(kind: str, student: Capture, teacher: Capture, example: Mapping) -> tuple[int, int]:
+    if kind == "features":
+        return len(student.find_stages(example)), len(teacher.find_stages(example))
+    return student.depth, teacher.depth
+
+
+def _layers(term: Term, pairs: Pairs | None, depths: Mapping[str, tuple[int, int]], side: int):
+    """What is needed of the student (side 0) or the teacher (side 1); all of it for a map that is drawn anew each step."""
+    if pairs is not None:
+        return [pair[side] for pair in pairs]
+    return range(depths[_depth_kind(term)][side]) if term.loss_signal in LAYERED_SIGNALS else []
 
 
 def _bind(term: Term, pairs: Pairs | None, task: str, problem_type: str | None, args) -> BoundTerm:
@@ -168,7 +205,7 @@ def _bind(term: Term, pairs: Pairs | None, task: str, problem_type: str | None, 
             "text. Use soft_targets or logit_mse."
         )
     loss_class = LOSSES[name]
-    if "temperature" in loss_class.scheduled:
+    if name in _RUN_TEMPERATURE:
         options.setdefault("temperature", args.resolved_schedules().get("temperature", args.temperature))
     for key in [key for key in options if key in loss_class.scheduled]:
         schedules[key] = resolve_schedule(options[key])
@@ -178,17 +215,21 @@ def _bind(term: Term, pairs: Pairs | None, task: str, problem_type: str | None, 
     return BoundTerm(term, name, loss_class(**options), pairs, reduction, schedules)
 
 
-def _example_pair(term: BoundTerm, depths) -> Pairs:
+def _example_pair(term: BoundTerm) -> Pairs:
     """The pairs of a term; for a random map one pair for each student block (all teacher blocks have one shape)."""
     if not term.layered:
         return [None]
-    return term.pairs if term.pairs is not None else [(s, s) for s in range(depths[0])]
+    return term.pairs if term.pairs is not None else [(s, s) for s in range(term.depths[0])]
 
 
-def _add_adapters(term: BoundTerm, args, student: Signals, teacher: Signals | None, depths, shared: nn.ModuleDict) -> None:
+def _add_adapters(term: BoundTerm, args, student: Signals, teacher: Signals | None, shared: nn.ModuleDict) -> None:
     """An adapter for each pair where the loss compares widths; refuses shapes and widths that cannot be compared."""
     kind = term.term.adapter if term.term.adapter is not None else args.adapter
-    if term.term.is_task or term.signal in ("logits", "attention_scores"):
+    if term.term.is_task or term.signal == "attention_scores":
+        return
+    if term.signal == "logits":
+        if teacher is not None:
+            term.loss.check_widths(student.logits.size(-1), teacher.logits.size(-1))
         return
     if teacher is None:  # a function, whose width shows only in training: the loss will compare the shapes
         if kind not in ("auto", "none") and not isinstance(kind, nn.Module):
@@ -198,30 +239,62 @@ def _add_adapters(term: BoundTerm, args, student: Signals, teacher: Signals | No
             )
         term.adapters.append(build_adapter(kind if isinstance(kind, nn.Module) else "none", 0, 0))
         return
-    for pair in _example_pair(term, depths):
-        s, t = getattr(student, term.signal), getattr(teacher, term.signal)
-        s, t = (s, t) if pair is None else (s[pair[0]], t[pair[1]])
-        if term.signal != "pooled" and not s.dim() == t.dim() == 3:
+    maps = term.signal == "features"
+    for pair in _example_pair(term):
+        s, t = term.tensors(pair, student, teacher)
+        if not maps and term.signal != "pooled" and not s.dim() == t.dim() == 3:
             raise ValueError(
                 f"The term {term.name!r} compares token vectors (batch, length, width), but the student's {term.signal} have shape "
-                f"{tuple(s.shape)} and the teacher's {tuple(t.shape)}: feature maps of convolutional networks are not "
-                "supported. Use logits terms."
+                f"{tuple(s.shape)} and the teacher's {tuple(t.shape)}. For the maps of convolutional networks use signal 'features'."
             )
-        if s.shape[:-1] != t.shape[:-1]:
+        if not maps and term.loss.layout != "vectors" and s.shape[:-1] != t.shape[:-1]:
+            images = " For the patches of images use signal 'features', which leaves special tokens out and resizes."
             raise ValueError(
                 f"The term {term.name!r} compares student tensors of shape {tuple(s.shape)} with teacher tensors of shape "
                 f"{tuple(t.shape)} on "
                 "the same batch: the two models cut the input into different numbers of positions. Use signal 'pooled', or logits terms."
+                + (images if student.attention_mask is None else "")
             )
-        term.loss.check_widths(s.size(-1), t.size(-1))
+        widths = (s.size(1), t.size(1)) if maps else (s.size(-1), t.size(-1))
+        term.loss.check_widths(*widths)
         if not term.loss.compares_widths:
             continue
-        key = f"{s.size(-1)}_{t.size(-1)}"
-        adapter = shared[key] if kind == "shared" and key in shared else build_adapter(kind, s.size(-1), t.size(-1))
+        key = f"{'map_' if maps else ''}{widths[0]}_{widths[1]}"
+        adapter = shared[key] if kind == "shared" and key in shared else build_adapter(kind, *widths, maps=maps)
         adapter = adapter.double() if s.dtype == torch.float64 else adapter
         if kind == "shared":
             shared[key] = adapter
         term.adapters.append(SharedAdapter(adapter) if kind == "shared" else adapter)
+
+
+def _prepare_losses(term: BoundTerm, student: Signals, teacher: Signals | None, example_labels: Callable | None) -> None:
+    """Makes the parameters of losses that train some: for each pair its own, from the shapes that the loss will see."""
+    if term.term.is_task or type(term.loss).prepare is DistillationLoss.prepare:
+        return
+    if teacher is None:
+        raise ValueError(
+            f"The term {term.name!r} ({term.loss_name}) sets itself up by the shapes of both models, but the teacher is a function, whose "
+            "shapes are not known before training. Pass the teacher as a module."
+        )
+    if hasattr(term.loss, "set_examples") and example_labels is not None:
+        term.loss.set_examples(example_labels())
+    with torch.no_grad():
+        adapters = term.adapters.training
+        term.adapters.eval()  # an example is no batch: batch norm must not see it
+        shapes = []
+        for index, pair in enumerate(_example_pair(term)):
+            s, t = term.tensors(pair, student, teacher)
+            mask = None if term.signal in ("features", "pooled", "logits") else token_mask(student, teacher, tuple(s.shape[:2]), s.device)
+            s, t, _ = (s, t, None) if term.signal == "logits" else term.bring(index, s, t, mask)
+            shapes.append((tuple(s.shape), tuple(t.shape)))
+        term.adapters.train(adapters)
+    if term.joint:
+        term.loss.prepare([s for s, _ in shapes], [t for _, t in shapes])
+        return
+    if len(shapes) > 1:
+        term.losses.extend(copy.deepcopy(term.loss) for _ in shapes[1:])
+    for loss, (s, t) in zip(term.losses, shapes):
+        loss.prepare(s, t)
 
 
 def _check_checkpointing(student: Capture, args) -> None:
@@ -242,9 +315,9 @@ def _check_checkpointing(student: Capture, args) -> None:
             )
 
 
-def _check_attention(term: BoundTerm, student: Capture, teacher: Capture, s_example, t_example, depths) -> None:
+def _check_attention(term: BoundTerm, student: Capture, teacher: Capture, s_example, t_example) -> None:
     random = term.pairs is None
-    for s, t in [(s, t) for s in range(depths[0]) for t in range(depths[1])] if random else term.pairs:
+    for s, t in [(s, t) for s in range(term.depths[0]) for t in range(term.depths[1])] if random else term.pairs:
         a, b = s_example.attention_scores[s], t_example.attention_scores[t]
         if a.shape[2:] != b.shape[2:]:
             raise ValueError(
@@ -261,7 +334,8 @@ def _check_attention(term: BoundTerm, student: Capture, teacher: Capture, s_exam
         term.units[(s, t)] = Unit("pairs", *student.attention_pattern(s)).intersect(Unit("pairs", *teacher.attention_pattern(t)))
 
 
-def _similarity(student: Capture, teacher: Capture, calibration: Mapping | None) -> Pairs:
+def _similarity(kind: str, student: Capture, teacher: Capture, calibration: Mapping | None) -> Pairs:
+    """Layers by CKA: of the real tokens at each block, or of the means over space at each stage."""
     if calibration is None:
         raise ValueError(
             "layer_map='similar' compares the layers of both models on real data. Pass a train_dataset with a length to the trainer, "
@@ -269,6 +343,11 @@ def _similarity(student: Capture, teacher: Capture, calibration: Mapping | None)
         )
     rows = []
     for capture in (student, teacher):
+        if kind == "features":
+            stages = range(len(capture.find_stages(calibration)))
+            maps = capture.require(CapturePlan(logits=False, features=frozenset(stages)), calibration).features
+            rows.append([maps[k].float().mean((2, 3)).cpu() for k in stages])
+            continue
         signals = capture.require(CapturePlan(logits=False, hidden_states=frozenset(range(capture.depth))), calibration)
         mask = token_mask(signals, None, tuple(signals.hidden_states[0].shape[:2]), signals.hidden_states[0].device)
         rows.append([signals.hidden_states[k][mask].float().cpu() for k in range(capture.depth)])

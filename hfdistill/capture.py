@@ -15,18 +15,24 @@ from .attention_taps import InterfaceTap, SoftmaxTap, allowed_pairs, attach_tap
 from .counting import LABEL_COLUMNS, marked_targets
 from .model_outputs import NoLogitsError, logits_of, move_to
 from .models.anatomy import find_blocks, unwrap_peft
+from .models.stages import Stages, feature_map, find_module, find_stages, special_token_count
 from .pooling import pool_tokens
-from .signals import ATTENTION_SIGNALS, LAYERED_SIGNALS, Signals
+from .signals import ATTENTION_SIGNALS, BLOCK_SIGNALS, LAYERED_SIGNALS, Signals
+
+
+TEACHER_PREFIX = "teacher_"
+"""Columns with this prefix are what the teacher gets instead of those without it, such as images in its own normalisation."""
 
 
 @dataclass(frozen=True)
 class CapturePlan:
-    """What to fetch. Blocks count from 0; nothing else is retained."""
+    """What to fetch. Blocks and stages count from 0, a stage may be the name of a module; nothing else is retained."""
 
     logits: bool = True
     embeddings: bool = False
     pooled: bool = False
     hidden_states: frozenset[int] = frozenset()
+    features: frozenset[int | str] = frozenset()
     attention_scores: frozenset[int] = frozenset()
     queries: frozenset[int] = frozenset()
     keys: frozenset[int] = frozenset()
@@ -46,7 +52,8 @@ class Capture:
     Hidden states come from `output_hidden_states=[indices]`, which Transformers >= 5.23 answers with these slots only;
     models that are no `PreTrainedModel` are read by forward hooks on their blocks. So block `k` is what Transformers
     calls `hidden_states[k + 1]`; for models that end in a final norm (Llama, GPT-2) the last block is taken after it.
-    Attention scores, queries, keys and values come from `hfdistill.attention_taps`.
+    Attention scores, queries, keys and values come from `hfdistill.attention_taps`; features from forward hooks on the stages that
+    `hfdistill.models.stages` finds.
 
     Args:
         model (`nn.Module`): a `PreTrainedModel`, a PEFT model, or any module that returns logits.
@@ -78,6 +85,8 @@ class Capture:
                 f"The {self.name} is an encoder-decoder, whose two stacks DistillationTrainer cannot map. Use an encoder or a decoder."
             )
         self._blocks = None
+        self._stages: Stages | None = None
+        self._special_tokens: int | None = None
         self._tap: InterfaceTap | SoftmaxTap | None = None
 
     @property
@@ -99,9 +108,46 @@ class Capture:
     def depth(self) -> int:
         return self.blocks.depth
 
+    def find_stages(self, example: Mapping) -> Stages:
+        """`hfdistill.models.stages.Stages` of an image model, found on first use by running it on `example`.
+
+        Raises:
+            ValueError: for models that take no images, and where no stages are found.
+        """
+        if self._stages is None:
+            inputs = move_to(self.select_inputs(example), self.model)
+            self._stages = self._quietly(lambda: find_stages(self.model, lambda: self.model(**inputs), self._image_size(inputs)))
+        return self._stages
+
+    def _image_size(self, inputs: Mapping) -> tuple[int, int]:
+        images = inputs.get("pixel_values")
+        if not isinstance(images, Tensor) or images.dim() != 4:
+            raise ValueError(
+                f"The {self.name} takes no images (pixel_values of shape (batch, channels, height, width)), so it has no feature maps. Use "
+                "signal 'hidden_states' or 'pooled' for text models."
+            )
+        return tuple(images.shape[-2:])
+
+    def _quietly(self, function):
+        """`function()` with the model in eval mode; the training flags of its modules are restored."""
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                return function()
+        finally:
+            for module in training:
+                module.training = True
+
     def select_inputs(self, batch: Mapping) -> dict:
-        """The columns of `batch` that this model's `forward` names. Labels never travel with them: the loss is ours."""
-        return {key: value for key, value in batch.items() if key in self.columns and key not in LABEL_COLUMNS}
+        """The columns of `batch` that this model's `forward` names. Labels never travel with them: the loss is ours.
+
+        A teacher takes the column `teacher_x` for `x` where there is one.
+        """
+        inputs = {key: value for key, value in batch.items() if key in self.columns and key not in LABEL_COLUMNS}
+        if self.role == "teacher":
+            inputs |= {key: batch[TEACHER_PREFIX + key] for key in self.columns if TEACHER_PREFIX + key in batch}
+        return inputs
 
     def __call__(self, batch: Mapping, plan: CapturePlan, forward: nn.Module | None = None) -> Signals:
         """Runs the model on `batch`.
@@ -119,7 +165,7 @@ class Capture:
         if self.is_pretrained and (plan.hidden_states or plan.embeddings):
             options["output_hidden_states"] = sorted({k + 1 for k in plan.hidden_states} | ({0} if plan.embeddings else set()))
         found: dict = {}
-        handles = self._hooks(plan, found)
+        handles = [*self._hooks(plan, found), *self._stage_hooks(plan, found)]
         if self._tap is not None:
             self._tap.open({signal: getattr(plan, signal) for signal in ATTENTION_SIGNALS})
         try:
@@ -128,7 +174,10 @@ class Capture:
             for handle in handles:
                 handle.remove()
             attention, masks = self._tap.close() if self._tap is not None else ({}, {})
-        return self._signals(batch, plan, output, found, attention, masks)
+        signals = self._signals(batch, plan, output, found, attention, masks)
+        if plan.features:
+            signals.features = self._feature_maps(plan, found, self._image_size(inputs))
+        return signals
 
     def _hooks(self, plan: CapturePlan, found: dict) -> list:
         handles = []
@@ -151,8 +200,32 @@ class Capture:
                 )
         return handles
 
+    def _stage_hooks(self, plan: CapturePlan, found: dict) -> list:
+        handles = []
+        for stage in plan.features:
+            module = self._stages.modules[stage] if isinstance(stage, int) else find_module(self.model, stage, self.name)
+            handles.append(module.register_forward_hook(lambda _m, _a, out, stage=stage: found.__setitem__(("features", stage), out)))
+        return handles
+
+    def _feature_maps(self, plan: CapturePlan, found: dict, image_size: tuple[int, int]) -> dict[int | str, Tensor]:
+        if self._special_tokens is None:
+            self._special_tokens = special_token_count(self.model)
+        maps = {}
+        for stage in plan.features:
+            output = found.get(("features", stage))
+            maps[stage] = None if output is None else feature_map(output, image_size, self._special_tokens)
+            if maps[stage] is None:
+                what = "was not run" if output is None else "gave neither a map nor patch tokens that fit the image"
+                raise ValueError(
+                    f"The module {stage!r} of the {self.name} {what}, so there are no features (batch, channels, height, width). Name a "
+                    "module that returns them, such as a stage or block, or use signal 'pooled'."
+                )
+        return maps
+
     def _signals(self, batch, plan, output, found, attention, masks) -> Signals:
         signals = Signals(logits=logits_of(output, self.name) if plan.logits else None)
+        if plan.logits and isinstance(output, Mapping) and output.get("distillation_logits") is not None:
+            signals.cls_logits, signals.distillation_logits = output["cls_logits"], output["distillation_logits"]
         mask = batch.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:
             signals.attention_mask = mask.bool()
@@ -191,11 +264,13 @@ class Capture:
         if pooling == "auto":
             pooled = part("pooler_output")
             if pooled is not None:
-                return pooled
+                return pooled.flatten(1)  # of CNNs (batch, channels, 1, 1)
             pooling = "last" if self.is_causal else "cls"
         states = part("last_hidden_state")
         if states is None and self.is_pretrained and isinstance(output, tuple):
             states = output[0]
+        if isinstance(states, Tensor) and states.dim() == 4 and self.pooling in ("auto", "mean"):
+            return states.mean((2, 3))
         if states is None or states.dim() != 3:
             seen = "no last_hidden_state" if states is None else f"a last_hidden_state of shape {tuple(states.shape)}"
             raise ValueError(
@@ -234,7 +309,15 @@ class Capture:
             ValueError: when blocks do not exist, when attention has no `(batch, heads, length, length)` map, or when queries, keys
                 and values cannot be seen.
         """
-        wanted = plan.blocks_of(LAYERED_SIGNALS)
+        for stage in plan.features:
+            if isinstance(stage, str):
+                find_module(self.model, stage, self.name)
+            elif not 0 <= stage < len(self.find_stages(example)):
+                raise ValueError(
+                    f"The layer map names stage {stage} of the {self.name}, which has stages 0 to {len(self._stages) - 1} (the stem is not "
+                    "a stage). Correct the layer map."
+                )
+        wanted = plan.blocks_of(BLOCK_SIGNALS)
         if wanted and not wanted <= set(range(self.depth)):
             raise ValueError(
                 f"The layer map names blocks {sorted(wanted - set(range(self.depth)))} of the {self.name}, which has blocks "

@@ -77,7 +77,7 @@ def compare_arms(
         arm.trainer.rest()
     models = {"teacher": teacher.model, **{name: own[0].model for name, own in arms.items() if own}}
     inputs = {
-        name: {key: value.to(model.device) for key, value in Capture(model).select_inputs(example).items()}
+        name: {key: value.to(model.device) for key, value in Capture(model, "teacher" if name == "teacher" else "model").select_inputs(example).items()}
         for name, model in models.items()
     }
     latencies = interleaved_latency({name: (model, inputs[name]) for name, model in models.items()})

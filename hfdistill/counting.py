@@ -17,6 +17,10 @@ from .signals import Signals
 
 TARGET_MASK = "target_mask"
 """Column of 0 and 1, `(batch, length)`: positions that carry logit terms whether they have a label or not, such as first sub-tokens."""
+SOFT_LABELS = "soft_labels"
+"""Column `(batch, classes)` of shares of the classes, as mixup and cutmix make them; rows count where `labels` is not -100."""
+EXAMPLE_ID = "example_id"
+"""Column `(batch,)`: the number of each training example, for losses that remember examples."""
 SPAN_COLUMNS = ("start_positions", "end_positions")
 LABEL_COLUMNS = ("labels", "label", "label_ids", *SPAN_COLUMNS)
 """Columns that hold hard labels: models are never given them, since the loss is ours."""

@@ -8,17 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
 
 from .capture import CapturePlan, plan_for
 from .counting import Denominators, Unit, span_labels, token_mask, valid_labels
 from .models.adapters import SharedAdapter
-from .models.layer_map import resolve_layer_map
+from .models.layer_map import Pairs, resolve_layer_map
+from .pooling import pool_tokens
 from .schedules import Schedule
 from .signals import LAYERED_SIGNALS, Signals
 from .terms import PAIRS, Term
-
-
-Pairs = list[tuple[int, int]]
 
 
 @dataclass
@@ -42,8 +41,9 @@ class BoundTerm(nn.Module):
     def __init__(self, term: Term, loss_name: str, loss: nn.Module, pairs: Pairs | None, reduction: str, schedules: dict[str, Schedule]):
         super().__init__()
         self.term, self.name, self.loss_name, self.signal = term, term.name, loss_name, term.loss_signal
-        self.loss = loss
+        self.losses = nn.ModuleList([loss])  # one for all pairs, or one for each where it has parameters of its own
         self.pairs = pairs  # None: drawn anew each step
+        self.depths = (0, 0)  # blocks or stages of student and teacher
         self.reduction = reduction
         self.pooling = "auto"  # for the record; the captures pool
         self.schedules = schedules
@@ -51,8 +51,45 @@ class BoundTerm(nn.Module):
         self.units: dict[tuple[int, int], Unit] = {}
 
     @property
+    def loss(self) -> nn.Module:
+        return self.losses[0]
+
+    def loss_of(self, index: int) -> nn.Module:
+        """The loss of pair `index`."""
+        return self.losses[index if len(self.losses) > 1 else 0]
+
+    @property
     def layered(self) -> bool:
         return self.signal in LAYERED_SIGNALS
+
+    @property
+    def joint(self) -> bool:
+        """Whether the loss takes all pairs at once."""
+        return not self.term.is_task and self.loss.joint
+
+    def tensors(self, pair: tuple | None, student: Signals, teacher: Signals) -> tuple[Tensor, Tensor]:
+        """What the two models have at `pair`."""
+        s, t = getattr(student, self.signal), getattr(teacher, self.signal)
+        return (s, t) if pair is None else (s[pair[0]], t[pair[1]])
+
+    def bring(self, index: int, s: Tensor, t: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Both sides of pair `index` in the layout of the loss, the student's through its adapter; `mask` is that of the tokens."""
+        # Outside autocast: an adapter in half precision would lose the small differences it is there to measure.
+        with torch.autocast(s.device.type, enabled=False):
+            s, t = self.project(index, _full(s)), t.to(s.device)
+            layout = self.loss.layout
+            if self.signal == "features":
+                if (layout == "rows" or layout == "maps" and self.loss.same_size) and s.shape[-2:] != t.shape[-2:]:
+                    size = tuple(min(sides) for sides in zip(s.shape[-2:], t.shape[-2:]))
+                    s, t = adaptive_avg_pool2d(s, size), adaptive_avg_pool2d(_full(t), size)
+                if layout == "rows":
+                    s, t = s.flatten(2).transpose(1, 2), t.flatten(2).transpose(1, 2)
+                elif layout == "vectors":
+                    s, t = s.flatten(1), t.flatten(1)
+            elif layout == "vectors" and s.dim() == 3:
+                s, t = pool_tokens(s, mask, "mean"), pool_tokens(_full(t), mask, "mean")
+                mask = None if mask is None else mask.any(1)
+        return s, t, mask
 
     def project(self, index: int, tensor: Tensor) -> Tensor:
         """The student's features of pair `index` as the loss compares them: through the adapter, where there is one."""
@@ -70,6 +107,8 @@ class BoundTerm(nn.Module):
             }
         if self.signal == "pooled":
             text["pooling"] = self.pooling
+        if len(self.losses) > 1 or any(True for _ in self.loss.parameters()):
+            text["own_parameters"] = sum(p.numel() for p in self.losses.parameters())
         if any(isinstance(adapter, SharedAdapter) or any(True for _ in adapter.parameters()) for adapter in self.adapters):
             text["adapter"] = [type(adapter).__name__ for adapter in self.adapters]
         return text
@@ -86,11 +125,11 @@ class Objective(nn.Module):
     calls the objective itself for the parts.
     """
 
-    def __init__(self, terms: list[BoundTerm], task: str, problem_type: str | None, positions: str, seed: int, depths):
+    def __init__(self, terms: list[BoundTerm], task: str, problem_type: str | None, positions: str, seed: int):
         super().__init__()
         self.terms = nn.ModuleDict({term.name: term for term in terms})
         self.shared_adapters = nn.ModuleDict()  # by widths; terms hold a `SharedAdapter` of one
-        self.task, self.problem_type, self.positions, self.seed, self.depths = task, problem_type, positions, seed, depths
+        self.task, self.problem_type, self.positions, self.seed = task, problem_type, positions, seed
         self.label_order: list[int] | None = None
         self.vocabulary: int | None = None
         self.register_buffer("teacher_columns", None, persistent=False)  # of the kept tokens, under a student with a pruned vocabulary
@@ -104,7 +143,7 @@ class Objective(nn.Module):
     def pairs_at(self, step: int) -> dict[str, Pairs]:
         """Layer pairs of each layered term at an optimizer step; a function of seed and step alone, so a resume repeats it."""
         return {
-            name: term.pairs if term.pairs is not None else resolve_layer_map("random", *self.depths, seed=self.seed, step=step)
+            name: term.pairs if term.pairs is not None else resolve_layer_map("random", *term.depths, seed=self.seed, step=step)
             for name, term in self.terms.items()
             if term.layered
         }
@@ -120,6 +159,8 @@ class Objective(nn.Module):
         if term.term.is_task:
             return Unit("partners" if term.loss_name == PAIRS else "labels")
         if term.signal == "logits":
+            if term.loss.unit == "labels":
+                return Unit("labels")
             if self.task == "sequence":
                 return Unit("samples")
             if self.task == "question_answering":
@@ -146,6 +187,8 @@ class Objective(nn.Module):
         progress: float,
         pairs: dict[str, Pairs],
         denominators: Denominators | None = None,
+        soft_labels: Tensor | None = None,
+        example_ids: Tensor | None = None,
     ) -> list[Part]:
         """The parts of one micro-batch.
 
@@ -155,13 +198,18 @@ class Objective(nn.Module):
             progress: share of training done, in [0, 1], for the schedules.
             pairs: from `pairs_at`.
             denominators: counts of the accumulation window; `None` divides by the counts of this batch.
+            soft_labels: `(batch, classes)`, shares of the classes in mixed images, for the task term; rows count where `labels` do.
+            example_ids: `(batch,)`, for losses that remember examples.
         """
         parts = []
         for term, weight in self.active(progress):
             options = {name: schedule(progress) for name, schedule in term.schedules.items()}
+            inputs = {"labels": labels, "soft_labels": soft_labels, "example_ids": example_ids}
+            own = pairs.get(term.name, [None])
             values, totals, counts = [], [], []
-            for index, pair in enumerate(pairs.get(term.name, [None])):
-                total, count, samples = self._compare(term, index, pair, student, teacher, labels, options)
+            for index, pair in enumerate([own] if term.joint else own):
+                total, count, samples = self._compare(term, index, pair, student, teacher, inputs, options)
+                pair = own[0] if term.joint else pair
                 if denominators is None:
                     divisor = count.clamp(min=1)
                 else:
@@ -174,28 +222,55 @@ class Objective(nn.Module):
             parts.append(Part(term.name, weight, value, torch.stack(totals), torch.stack(counts)))
         return parts
 
-    def _compare(self, term: BoundTerm, index: int, pair, student: Signals, teacher: Signals | None, labels, options):
+    def _compare(self, term: BoundTerm, index: int, pair, student: Signals, teacher: Signals | None, inputs: Mapping, options: dict):
+        """`(sum, count, samples)` of one pair of a term, or of all pairs of a joint one, which are then in `pair`."""
+        labels = inputs["labels"]
         if term.loss_name == PAIRS:
             return self._pairs_value(term, student, labels)
         if term.term.is_task:
-            return self.task_value(student, labels)
+            return self.task_value(student, labels, inputs["soft_labels"])
+        loss = term.loss_of(index)
+        options = {**options, **{name: self._input(term, name, inputs) for name in loss.needs}}
         if term.signal == "logits":
             s, t, mask = self._logit_rows(student, teacher, labels)
-        elif term.signal == "pooled":
-            with torch.autocast(student.pooled.device.type, enabled=False):
-                s, t, mask = term.project(index, _full(student.pooled)), teacher.pooled, None
+            mask = None if loss.unit == "labels" else mask  # its rows are those with a label
         elif term.signal == "attention_scores":
-            s, t = student.attention_scores[pair[0]], teacher.attention_scores[pair[1]]
+            s, t = term.tensors(pair, student, teacher)
             mask = student.attention_allowed[pair[0]] & teacher.attention_allowed[pair[1]].to(s.device)
+        elif term.joint:
+            brought = [
+                term.bring(i, *term.tensors(one, student, teacher), self._mask(term, one, student, teacher)) for i, one in enumerate(pair)
+            ]
+            s, t, mask = [s for s, _, _ in brought], [t for _, t, _ in brought], brought[0][2]
         else:
-            s, t = getattr(student, term.signal), getattr(teacher, term.signal)
-            s, t = (s, t) if pair is None else (s[pair[0]], t[pair[1]])
-            mask = token_mask(student, teacher, tuple(s.shape[:2]), s.device)
-            # Outside autocast: an adapter in half precision would lose the small differences it is there to measure.
-            with torch.autocast(s.device.type, enabled=False):
-                s = term.project(index, _full(s))
-        total, count = term.loss(s, t.to(s.device), mask, **options)
-        return total, count, s.size(0)
+            s, t, mask = term.bring(index, *term.tensors(pair, student, teacher), self._mask(term, pair, student, teacher))
+        samples = (s[0] if term.joint else s).size(0)
+        total, count = loss(s, t.to(s.device) if isinstance(t, Tensor) else t, mask, **options)
+        return total, count, samples
+
+    @staticmethod
+    def _mask(term: BoundTerm, pair, student: Signals, teacher: Signals) -> Tensor | None:
+        """bool `(batch, length)` of the tokens that are real for both models; `None` for maps and vectors."""
+        if term.signal in ("features", "pooled"):
+            return None
+        s, _ = term.tensors(pair, student, teacher)
+        return token_mask(student, teacher, tuple(s.shape[:2]), s.device)
+
+    def _input(self, term: BoundTerm, name: str, inputs: Mapping) -> Tensor:
+        """What a loss needs from the batch beside the signals."""
+        value = inputs[name]
+        if value is None:
+            column = "labels" if name == "labels" else "example_id"
+            raise ValueError(
+                f"The term {term.name!r} ({term.loss_name}) needs the column {column!r}, but the batch has none. Add it to the training "
+                "data" + (" (one number for each example, from 0)." if name == "example_ids" else ".")
+            )
+        if name == "labels" and inputs["soft_labels"] is not None:
+            raise ValueError(
+                f"The term {term.name!r} ({term.loss_name}) needs one class for each row, but mixup and cutmix mix them. Turn mixing off, "
+                "or use soft_targets."
+            )
+        return value[:, 1:] if name == "labels" and self.task == "causal_lm" and term.signal == "logits" else value
 
     @staticmethod
     def _pairs_value(term: BoundTerm, student: Signals, labels: Tensor | None):
@@ -207,9 +282,14 @@ class Objective(nn.Module):
         total, count = term.loss(student.pooled, labels)
         return total, count, labels.size(0)
 
-    def task_value(self, student: Signals, labels: Tensor | None) -> tuple[Tensor, Tensor, int]:
-        """`(sum, count, samples)` of the task loss on hard labels; causal logits and labels are shifted here, padding leaves spans."""
-        logits = student.logits
+    def task_value(
+        self, student: Signals, labels: Tensor | None, soft_labels: Tensor | None = None, inference: bool = False
+    ) -> tuple[Tensor, Tensor, int]:
+        """`(sum, count, samples)` of the task loss on hard labels; causal logits and labels are shifted here, padding leaves spans.
+
+        A DeiT learns labels with the head of its class token alone; `inference` measures the mean of both heads.
+        """
+        logits = student.logits if student.cls_logits is None or inference else student.cls_logits
         if labels is None:
             raise ValueError(
                 "The objective has a task term, but the batch has no labels. Add a 'labels' column (-100 where a label is missing), "
@@ -221,11 +301,13 @@ class Objective(nn.Module):
         if self.task == "question_answering":
             (logits,), real = _real_positions(student, None, logits)
             labels = span_labels(labels, real)
-        total, count = self.task_loss(logits, labels)
-        return total, count, samples
+        if soft_labels is not None:
+            return *self.task_loss(logits, labels, soft_labels), samples
+        return *self.task_loss(logits, labels), samples
 
     def _logit_rows(self, student: Signals, teacher: Signals, labels: Tensor | None):
-        s, t = student.logits, teacher.logits.to(student.logits.device)
+        s = student.logits if student.distillation_logits is None else student.distillation_logits
+        t = teacher.logits.to(s.device)
         if self.label_order is not None:
             t = t[..., self.label_order]
         if self.vocabulary is not None:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from .alignment import resolve_label_order, resolve_vocabulary, teacher_token_ids
 from .arguments import DistillationTrainingArguments
-from .capture import Capture
-from .counting import SPAN_COLUMNS, labels_of
+from .capture import TEACHER_PREFIX, Capture
+from .counting import EXAMPLE_ID, LABEL_COLUMNS, SPAN_COLUMNS, labels_of
 from .models.anatomy import is_base_model, task_of, unwrap_peft
 from .models.peft_student import is_peft_student
 from .objective import Objective
 from .sentence_encoder import read_sentence_encoder
 from .teachers import AdaptersOffTeacher, CallableTeacher, FrozenTeacher
 from .teachers.base_model import BASE
-from .teachers.loading import load_teacher, load_tokenizer
+from .teachers.loading import load_image_processor, load_teacher, load_tokenizer
 from .terms import Term
+
+
+logger = logging.getLogger(__name__)
 
 
 def check_constructor(model, args, compute_loss_func, teacher, datasets: dict) -> None:
@@ -51,10 +55,10 @@ def check_constructor(model, args, compute_loss_func, teacher, datasets: dict) -
                 raise ValueError(f"{name} is empty: there is nothing to {purpose} on. Check its filters and file.")
 
 
-def check_columns(model: nn.Module, dataset) -> None:
-    """The training data has the student's input."""
+def check_columns(model: nn.Module, dataset, collator=None) -> None:
+    """The training data has the student's input, or the columns from which the collator makes it."""
     names = getattr(dataset, "column_names", None)
-    if not names:
+    if not names or getattr(collator, "image_column", None) in names:
         return
     main = getattr(unwrap_peft(model), "main_input_name", None)
     if main is not None and main not in names and "inputs_embeds" not in names:
@@ -114,7 +118,7 @@ def check_teacher(terms: list[Term], teacher) -> None:
 
 
 def load_by_name(teacher, student: nn.Module, args, processing_class=None):
-    """A teacher given as a folder or Hub id becomes `(model, its tokenizer or None)`; any other teacher stays as it is.
+    """A teacher given as a folder or Hub id becomes `(model, its tokenizer, image processor or None)`; any other teacher stays as it is.
 
     The name `base` is the student itself with its PEFT adapters off; a folder called that is `./base`.
     """
@@ -123,12 +127,67 @@ def load_by_name(teacher, student: nn.Module, args, processing_class=None):
     if not isinstance(teacher, (str, os.PathLike)):
         return teacher, None
     name, task, options = os.fspath(teacher), task_of(student), args.teacher_model_init_kwargs or {}
-    if task == "sequence" and getattr(unwrap_peft(student), "main_input_name", None) == "pixel_values":
-        task = "image"
+    images = getattr(unwrap_peft(student), "main_input_name", None) == "pixel_values"
     if is_base_model(student):
         task = "base"
-    text = isinstance(processing_class, PreTrainedTokenizerBase)
-    return load_teacher(name, task, options), load_tokenizer(name, options.get("revision")) if text else None
+    elif task in ("sequence", "other") and images:  # DeiT with its two heads has a task of its own
+        task = "image"
+    model = load_teacher(name, task, options)
+    if isinstance(processing_class, PreTrainedTokenizerBase):
+        return model, load_tokenizer(name, options.get("revision"))
+    return model, load_image_processor(name, options.get("revision")) if images and processing_class is not None else None
+
+
+def warn_of_preparation(student_processor, teacher_processor, collator, dataset) -> None:
+    """Warns where both models get the same images although their processors prepare images differently.
+
+    A collator with a `teacher_image_processor`, or a column `teacher_pixel_values`, gives each its own.
+    """
+    if not all(isinstance(processor, BaseImageProcessor) for processor in (student_processor, teacher_processor)):
+        return
+    from .data.image_collator import preparation_difference
+
+    own = getattr(collator, "teacher_image_processor", None) is not None
+    if own or f"{TEACHER_PREFIX}pixel_values" in (getattr(dataset, "column_names", None) or ()):
+        return
+    different = preparation_difference(student_processor, teacher_processor)
+    if different:
+        listed = ", ".join(f"{name} {ours} (teacher: {theirs})" for name, (ours, theirs) in different.items())
+        logger.warning(
+            "The teacher was trained on images that were prepared otherwise than the student's: %s. It gets the student's, and may answer "
+            "worse than it can. Pass ImageCollator(image_processor, teacher_image_processor), which prepares each image for both.",
+            listed,
+        )
+
+
+def example_labels(dataset) -> torch.Tensor:
+    """The label of every training example by its `example_id`, -100 where it is unknown.
+
+    Shapes: integer `(largest id + 1,)`.
+
+    Raises:
+        ValueError: when the data has no such column, or ids that are no numbers from 0.
+    """
+    if getattr(dataset, "column_names", None):
+        plain = dataset.with_format(None)
+        rows = {name: plain[name][:] for name in (EXAMPLE_ID, *LABEL_COLUMNS) if name in dataset.column_names}
+    else:
+        listed = [dataset[i] for i in range(len(dataset))]
+        rows = {name: [row[name] for row in listed] for name in (EXAMPLE_ID, *LABEL_COLUMNS) if listed and name in listed[0]}
+    if EXAMPLE_ID not in rows:
+        raise ValueError(
+            f"A loss that remembers examples needs to know them again, but the training data has no column {EXAMPLE_ID!r}. Add one number "
+            "for each example, from 0: dataset.add_column('example_id', range(len(dataset)))."
+        )
+    ids = torch.as_tensor(rows.pop(EXAMPLE_ID))
+    if ids.is_floating_point() or ids.dim() != 1 or ids.min() < 0:
+        raise ValueError(f"The column {EXAMPLE_ID!r} must hold whole numbers from 0, got {ids.dtype} from {ids.min().item()}.")
+    labels = torch.full((int(ids.max()) + 1,), -100)
+    for values in list(rows.values())[:1]:
+        values = torch.as_tensor(values)
+        if values.dim() == 1 and not values.is_floating_point():
+            labels[ids] = values.long()
+    return labels
 
 
 def own_pooling(teacher, student: nn.Module, args) -> str | None:

@@ -82,3 +82,31 @@ class TextDataArguments(RecipeArguments):
     labelled_rows: int | None = _(
         None, "Training rows whose label the student sees; the others are transfer text, on which it hears the teacher."
     )
+
+
+@dataclass
+class ImageDataArguments(RecipeArguments):
+    """The data of an image classification recipe beside its models, see [`load_image_data`], and how images are prepared."""
+
+    dataset_name: str | None = _(None, "A data set on the Hub.")
+    dataset_config_name: str | None = _(None, "Its configuration.")
+    train_dir: str | None = _(None, "Folder of training images, one folder a class (imagefolder).")
+    validation_dir: str | None = _(None, "Folder of held-out images, as train_dir.")
+    train_val_split: float | None = _(0.15, "Share of the training images that is held out where there is no validation split.")
+    image_column_name: str | None = _(None, "Column of the images. Default: image or img.")
+    label_column_name: str | None = _(None, "Column of the labels. Default: label or labels.")
+    labelled_rows: int | None = _(
+        None, "Training images whose label the student sees; the others are transfer images, on which it hears the teacher."
+    )
+    validation_share: float | None = _(
+        None, "Measure on that share of the training images instead of the held-out split, for the choice of settings."
+    )
+    image_processor_name: str | None = _(None, "Image processor, where it lies neither beside the student nor beside the teacher.")
+    image_size: int = _(224, "Height and width for models that have no image processor yet.")
+    image_mean: list[float] = _(lambda: [0.5, 0.5, 0.5], "Means of the channels, for models that have no image processor yet.")
+    image_std: list[float] = _(lambda: [0.5, 0.5, 0.5], "Standard deviations of the channels, likewise.")
+    augmentation: dict | None = _(
+        None, "Random changes of the training images: random_resized_crop, pad_crop, horizontal_flip, shift, rotate, color_jitter, ..."
+    )
+    mixup_alpha: float = _(0.0, "Mixup of training images: alpha of the Beta distribution; 0 turns it off.")
+    cutmix_alpha: float = _(0.0, "CutMix of training images, likewise; with both, each batch draws one of the two.")

@@ -1,7 +1,8 @@
 """What one forward pass leaves behind.
 
 Capture writes `Signals`, losses read the tensors in them; neither knows the other.
-Blocks (transformer layers) are counted from 0 and the embedding output is not a block.
+Blocks (transformer layers) are counted from 0 and the embedding output is not a block. Stages (of image models) are counted from 0
+and the stem is not a stage.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ import torch
 from torch import Tensor
 
 
-SIGNALS = ("logits", "hidden_states", "embeddings", "attention_scores", "queries", "keys", "values", "pooled")
+SIGNALS = ("logits", "hidden_states", "features", "embeddings", "attention_scores", "queries", "keys", "values", "pooled")
 ATTENTION_SIGNALS = ("attention_scores", "queries", "keys", "values")
-LAYERED_SIGNALS = ("hidden_states", *ATTENTION_SIGNALS)
+BLOCK_SIGNALS = ("hidden_states", *ATTENTION_SIGNALS)
+"""Signals of transformer blocks."""
+LAYERED_SIGNALS = (*BLOCK_SIGNALS, "features")
+"""Signals with a layer map: of blocks, or of stages (`features`)."""
 
 
 @dataclass
@@ -24,6 +28,8 @@ class Signals:
     Shapes:
         logits: `(batch, classes)`, `(batch, length, classes)`, or `(batch, 2, length)` for spans: start and end, by position.
         hidden_states: block -> `(batch, length, width)`, the output of that block.
+        features: stage, or name of a module, -> `(batch, channels, height, width)`, its output. Patch tokens are laid out on their
+            grid, without class, distillation and register tokens.
         embeddings: `(batch, length, width)`, the input of block 0.
         attention_scores: block -> `(batch, heads, queries, keys)`, scaled `q·k` before mask, softmax and dropout.
         attention_allowed: block -> bool `(batch, 1, queries, keys)`, True where the query is a real token and
@@ -31,6 +37,7 @@ class Signals:
         queries, keys, values: block -> `(batch, length, heads * head_dim)`, what the attention of that block worked on (biases
             and rotary positions included), its heads side by side; grouped key and value heads are not repeated.
         pooled: `(batch, width)`.
+        cls_logits, distillation_logits: `(batch, classes)`, of the two heads of a DeiT, where `logits` is their mean.
         attention_mask: bool `(batch, length)`, True at real tokens; `None` when every position is real.
         target_mask: bool `(batch, length)`, True at the real tokens that the batch marks to carry logit terms; `None` when it
             marks none.
@@ -38,6 +45,7 @@ class Signals:
 
     logits: Tensor | None = None
     hidden_states: dict[int, Tensor] = field(default_factory=dict)
+    features: dict[int | str, Tensor] = field(default_factory=dict)
     embeddings: Tensor | None = None
     attention_scores: dict[int, Tensor] = field(default_factory=dict)
     attention_allowed: dict[int, Tensor] = field(default_factory=dict)
@@ -45,6 +53,8 @@ class Signals:
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
     pooled: Tensor | None = None
+    cls_logits: Tensor | None = None
+    distillation_logits: Tensor | None = None
     attention_mask: Tensor | None = None
     target_mask: Tensor | None = None
 

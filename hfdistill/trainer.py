@@ -7,6 +7,7 @@ import logging
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,11 +18,11 @@ from transformers import TrainerCallback
 
 from .arguments import DistillationTrainingArguments
 from .binding import build_objective
-from .capture import Capture, CapturePlan
-from .counting import TARGET_MASK, Denominators, count_units, labels_of
+from .capture import TEACHER_PREFIX, Capture, CapturePlan
+from .counting import EXAMPLE_ID, SOFT_LABELS, TARGET_MASK, Denominators, count_units, labels_of
 from .model_outputs import example_batch
 from .models.anatomy import unwrap_peft
-from .models.parts import freeze_parts, names_of_part, scale_learning_rates
+from .models.parts import freeze_parts, milestone_scheduler, names_of_part, scale_learning_rates
 from .models.peft_student import wrap_student
 from .objective import Objective, Pairs, Part
 from .part_log import EvaluationParts, TrainingParts
@@ -32,11 +33,13 @@ from .preparation import (
     check_labels,
     check_separate,
     check_teacher,
+    example_labels,
     freeze_unused_pooler,
     load_by_name,
     own_pooling,
     resolve_label_names,
     translate_tokens,
+    warn_of_preparation,
     wrap_teacher,
 )
 from .teachers import AdaptersOffTeacher, FrozenTeacher
@@ -118,6 +121,7 @@ class DistillationTrainer(TrainerFiles):
         self.objective: Objective | None = None
         self.card: dict = {}
         self._given_terms = objective
+        self._needs_example_ids = False
         super().__init__(
             model=model,
             args=args,
@@ -140,6 +144,7 @@ class DistillationTrainer(TrainerFiles):
         pooling = own_pooling(teacher, self.model, self.args)
         teacher, tokenizer = load_by_name(teacher, self.model, self.args, self.processing_class)
         self.teacher_processing_class = teacher_processing_class or tokenizer
+        warn_of_preparation(self.processing_class, self.teacher_processing_class, self.data_collator, self.train_dataset)
         check_separate(self.model, teacher)
         self.teacher = wrap_teacher(teacher, self.args, self.accelerator, pooling)
         self.label_names = resolve_label_names(self.model, self.args.label_names, self.label_names)
@@ -165,6 +170,7 @@ class DistillationTrainer(TrainerFiles):
             raise ValueError("learning_rate_scales would have no effect on the optimizer you pass. Give it the groups, or leave one out.")
         terms = resolve_terms(args, self._given_terms)
         check_teacher(terms, self.teacher)
+        self._needs_example_ids = any("example_ids" in term.loss_class.needs for term in terms if not term.is_task)
         if self.objective is not None:
             self.student.release()
         self.student = Capture(self.model, "student")
@@ -174,7 +180,7 @@ class DistillationTrainer(TrainerFiles):
         translate_tokens(self.student, teacher, self.processing_class, self.teacher_processing_class)
         self._signature_columns = None
         if args.remove_unused_columns:
-            check_columns(self.model, self.train_dataset)
+            check_columns(self.model, self.train_dataset, self.data_collator)
         example = self._collate(2)
         if self.train_dataset is not None:
             check_labels(example, terms, self.label_names)
@@ -191,6 +197,7 @@ class DistillationTrainer(TrainerFiles):
             recorded=(getattr(config, "distilled_from", None) or {}).get("layers"),
             calibration=self._collate(args.calibration_samples) if "similar" in maps else None,
             fixed_maps=fixed_maps,
+            example_labels=None if self.train_dataset is None else partial(example_labels, self.train_dataset),
         ).to(args.device)
         freeze_unused_pooler(self.student, self.objective)
         if args.ddp_find_unused_parameters is None and not any(term.signal == "logits" for term in self.objective.terms.values()):
@@ -233,6 +240,7 @@ class DistillationTrainer(TrainerFiles):
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         extra = [] if self.teacher is None else self.teacher.columns
+        extra = [*extra, *(f"{TEACHER_PREFIX}{name}" for name in extra), *([EXAMPLE_ID] if self._needs_example_ids else [])]
         collator = getattr(self.data_collator, "columns", [])
         self._signature_columns += [name for name in [*extra, *collator, TARGET_MASK, "labels"] if name not in self._signature_columns]
 
@@ -265,6 +273,15 @@ class DistillationTrainer(TrainerFiles):
             self.teacher.capture.rest()
 
     # ---- Training ----
+
+    def get_train_dataloader(self):
+        """As `Trainer`; a collator that prepares training batches otherwise (augments and mixes images) is asked for its own kind."""
+        collator = self.data_collator
+        self.data_collator = collator.for_training() if hasattr(collator, "for_training") else collator
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
 
     def _progress(self) -> float:
         return min(self.state.global_step / max(self.state.max_steps, 1), 1.0)
@@ -299,7 +316,7 @@ class DistillationTrainer(TrainerFiles):
         else:
             student = self.student(inputs, CapturePlan(), forward=model)
             logits = student.logits
-            total, count, _ = self.objective.task_value(student, labels_of(inputs))
+            total, count, _ = self.objective.task_value(student, labels_of(inputs), inputs.get(SOFT_LABELS), inference=not model.training)
             loss = total / count.clamp(min=1)
             if not model.training:
                 self._evaluation_parts.add("task", 1.0, total.detach()[None], count[None])
@@ -319,7 +336,10 @@ class DistillationTrainer(TrainerFiles):
         student_plan = plans[0] if window is not None else plans[0].union(self.objective.answer_plan)
         student = self.student(inputs, student_plan, forward=model)
         teacher = self.teacher(inputs, plans[1]) if plans[1] != NOTHING else None
-        parts = self.objective(student, teacher, labels_of(inputs), progress, pairs, denominators)
+        self.objective.train(window is not None)
+        parts = self.objective(
+            student, teacher, labels_of(inputs), progress, pairs, denominators, inputs.get(SOFT_LABELS), inputs.get(EXAMPLE_ID)
+        )
         if window is not None and self._check_counts:
             self._verify_counts(inputs, pairs, parts, denominators)
         return self.objective.answer(student), parts
@@ -368,6 +388,14 @@ class DistillationTrainer(TrainerFiles):
             # No decay: it would pull a projection to 0, where it hides a student that does not follow.
             optimizer.add_param_group({"params": missing, "weight_decay": 0.0})
         return optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        if self.args.learning_rate_milestones and self.lr_scheduler is None:
+            optimizer = self.optimizer if optimizer is None else optimizer
+            own = (self.args.learning_rate_milestones, self.args.learning_rate_gamma, num_training_steps)
+            self.lr_scheduler, self._created_lr_scheduler = milestone_scheduler(optimizer, *own), True
+            return self.lr_scheduler
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _clip_grad_norm(self, model):
         adapters = list(self.objective.parameters())

@@ -112,7 +112,7 @@ class TrainerFiles(Trainer):
     def layer_map_tables(self) -> dict[str, str]:
         """Markdown table of the layer map of each term that has one."""
         return {
-            name: "random, drawn anew each step" if term.pairs is None else layer_map_table(term.pairs, *self.objective.depths)
+            name: "random, drawn anew each step" if term.pairs is None else layer_map_table(term.pairs, *term.depths)
             for name, term in self.objective.terms.items()
             if term.layered
         }

@@ -301,7 +301,7 @@ def test_feature_maps_are_refused_before_training(tmp_path):
         return ResNetForImageClassification(config).eval()
 
     data = Rows({"pixel_values": torch.randn(8, 3, 32, 32), "labels": torch.zeros(8, dtype=torch.long)})
-    with pytest.raises(ValueError, match="feature maps of convolutional networks are not supported. Use logits terms."):
+    with pytest.raises(ValueError, match="For the maps of convolutional networks use signal 'features'."):
         build(tmp_path, resnet(), resnet(), data=data, hidden_weight=1.0)
     build(tmp_path, resnet(), resnet(), data=data, teacher_dtype="bfloat16")
 

@@ -1,14 +1,31 @@
-"""The losses, by topic: `task` (hard labels), `logits`, `hidden`, `patient`, `attention`, `relation`. They know tensors, and no model."""
+"""The losses, one topic a file. They know tensors, and no model.
+
+Hard labels: `task`, `spans`, `pairs`. Logits: `logits`, `decoupled`, `correlation`, `ranking`. Hidden states: `hidden`, `patient`, `attention`, `relation`. Feature maps:
+`hint`, `maps`, `flow`, `information`, `review`. Relations between samples: `sample_relations`, `instance_graph`, `contrastive`, `memory_bank`.
+"""
 
 from __future__ import annotations
 
 from .attention import AttentionKLLoss, AttentionMSELoss, AttentionScoreMSELoss
 from .base import DistillationLoss, LossValue
+from .batch import BatchLoss
+from .contrastive import InfoNCELoss
+from .correlation import DISTLoss
+from .decoupled import DecoupledLoss
+from .flow import FSPLoss
 from .hidden import CosineLoss, EmbeddingMSELoss, HiddenMomentsLoss, HiddenMSELoss, NormalizedHiddenMSELoss
-from .logits import BinarySoftTargetsLoss, LogitMSELoss, RegressionMSELoss, SoftTargetsLoss
+from .hint import HintLoss
+from .information import VIDLoss
+from .instance_graph import InstanceGraphLoss
+from .logits import BinarySoftTargetsLoss, HardTargetsLoss, LogitMSELoss, RegressionMSELoss, SoftTargetsLoss, StandardizedSoftTargetsLoss
+from .maps import AttentionTransferLoss, FactorTransferLoss, NSTLoss
+from .memory_bank import CRDLoss
 from .pairs import ContrastivePairsLoss
 from .patient import PatientLoss
+from .ranking import DarkRankLoss, MarginMSELoss
 from .relation import RelationKLLoss
+from .review import HCLLoss, ReviewLoss
+from .sample_relations import CorrelationCongruenceLoss, PKTLoss, RKDAngleLoss, RKDDistanceLoss, SimilarityKLLoss, SimilarityPreservingLoss
 from .spans import TaskSpanLoss
 from .task import TASK_LOSSES, TaskBinaryCrossEntropyLoss, TaskCrossEntropyLoss, TaskLoss, TaskSquaredErrorLoss
 
@@ -28,6 +45,29 @@ LOSSES: dict[str, type[DistillationLoss]] = {
     "patient": PatientLoss,
     "normalized_hidden_mse": NormalizedHiddenMSELoss,
     "hidden_moments": HiddenMomentsLoss,
+    "hard_targets": HardTargetsLoss,
+    "standardized_soft_targets": StandardizedSoftTargetsLoss,
+    "decoupled": DecoupledLoss,
+    "dist": DISTLoss,
+    "margin_mse": MarginMSELoss,
+    "hint": HintLoss,
+    "attention_transfer": AttentionTransferLoss,
+    "neuron_selectivity": NSTLoss,
+    "factor_transfer": FactorTransferLoss,
+    "flow": FSPLoss,
+    "vid": VIDLoss,
+    "review": ReviewLoss,
+    "hierarchical_context": HCLLoss,
+    "similarity_preserving": SimilarityPreservingLoss,
+    "rkd_distance": RKDDistanceLoss,
+    "rkd_angle": RKDAngleLoss,
+    "correlation_congruence": CorrelationCongruenceLoss,
+    "pkt": PKTLoss,
+    "similarity_kl": SimilarityKLLoss,
+    "instance_graph": InstanceGraphLoss,
+    "dark_rank": DarkRankLoss,
+    "crd": CRDLoss,
+    "info_nce": InfoNCELoss,
 }
 """Name in arguments and YAML -> distillation loss."""
 
@@ -37,23 +77,47 @@ __all__ = [
     "AttentionKLLoss",
     "AttentionMSELoss",
     "AttentionScoreMSELoss",
+    "AttentionTransferLoss",
+    "BatchLoss",
     "BinarySoftTargetsLoss",
+    "CRDLoss",
     "ContrastivePairsLoss",
+    "CorrelationCongruenceLoss",
     "CosineLoss",
+    "DISTLoss",
+    "DarkRankLoss",
+    "DecoupledLoss",
     "DistillationLoss",
     "EmbeddingMSELoss",
+    "FSPLoss",
+    "FactorTransferLoss",
+    "HCLLoss",
+    "HardTargetsLoss",
     "HiddenMSELoss",
     "HiddenMomentsLoss",
+    "HintLoss",
+    "InfoNCELoss",
+    "InstanceGraphLoss",
     "LogitMSELoss",
     "LossValue",
+    "MarginMSELoss",
+    "NSTLoss",
     "NormalizedHiddenMSELoss",
+    "PKTLoss",
     "PatientLoss",
+    "RKDAngleLoss",
+    "RKDDistanceLoss",
     "RegressionMSELoss",
     "RelationKLLoss",
+    "ReviewLoss",
+    "SimilarityKLLoss",
+    "SimilarityPreservingLoss",
     "SoftTargetsLoss",
+    "StandardizedSoftTargetsLoss",
     "TaskBinaryCrossEntropyLoss",
     "TaskCrossEntropyLoss",
     "TaskLoss",
     "TaskSpanLoss",
     "TaskSquaredErrorLoss",
+    "VIDLoss",
 ]

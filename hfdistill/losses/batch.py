@@ -35,7 +35,7 @@ class BatchLoss(DistillationLoss):
             raise ValueError(f"gather must be true or false, got {gather!r}: it says whether the samples of all processes are compared.")
         self.gather = gather
 
-    def compute(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> LossValue:
+    def compute(self, student: Tensor, teacher: Tensor, mask: Tensor | None, **options) -> LossValue:
         check_same_rows(student, teacher)
         check_mask(mask, student.shape[:-1])
         if mask is None:
@@ -49,13 +49,13 @@ class BatchLoss(DistillationLoss):
             rows, teacher = gather_rows(student), gather_rows(teacher)
         if rows.size(0) < self.fewest:
             return LossValue(student.sum() * 0, count)
-        value = self.compare(rows, teacher)
+        value = self.compare(rows, teacher, **options)
         # Every process sees the whole value, and its gradient for its own rows only: it reports its share, and keeps that gradient.
         whole = value * rows.size(0)
         return LossValue(whole if rows is student else whole - whole.detach() * (1 - own / rows.size(0)), count)
 
-    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of a batch, as the paper has it: `(samples, width)` twice -> a scalar."""
+    def compare(self, student: Tensor, teacher: Tensor, **options) -> Tensor:
+        """The loss of a batch, as the paper has it: `(samples, width)` twice, and what `compute` was given -> a scalar."""
         raise NotImplementedError(f"{type(self).__name__} must implement compare")
 
 

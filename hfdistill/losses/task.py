@@ -19,12 +19,12 @@ MISSING_LABEL = -100
 class TaskLoss(nn.Module):
     """Base class: `loss(logits, labels) -> LossValue`, outside autocast with half-precision logits raised to fp32.
 
-    Subclasses implement `compute(logits, labels)`.
+    Subclasses implement `compute(logits, labels)`; those that take soft labels too, `compute(logits, labels, soft_labels)`.
     """
 
-    def forward(self, logits: Tensor, labels: Tensor) -> LossValue:
+    def forward(self, logits: Tensor, labels: Tensor, *soft_labels: Tensor) -> LossValue:
         with torch.autocast(logits.device.type, enabled=False):
-            return self.compute(raise_precision(logits), labels)
+            return self.compute(raise_precision(logits), labels, *soft_labels)
 
     def compute(self, logits: Tensor, labels: Tensor) -> LossValue:
         raise NotImplementedError(f"{type(self).__name__} must implement compute")
@@ -44,6 +44,8 @@ class TaskCrossEntropyLoss(TaskLoss):
     Shapes:
         logits: `(batch, classes)` or `(batch, length, classes)`.
         labels: integer `(batch,)` or `(batch, length)`.
+        soft_labels: `(batch, classes)` or `(batch, length, classes)`, optional: shares of the classes, as mixup and cutmix make them, in
+            place of the labels of the rows that have one.
         unit: rows whose label is not `ignore_index`.
 
     Raises:
@@ -62,7 +64,7 @@ class TaskCrossEntropyLoss(TaskLoss):
         self.ignore_index = ignore_index
         self.label_smoothing = _check_label_smoothing(label_smoothing)
 
-    def compute(self, logits: Tensor, labels: Tensor) -> LossValue:
+    def compute(self, logits: Tensor, labels: Tensor, soft_labels: Tensor | None = None) -> LossValue:
         if labels.is_floating_point() or labels.dtype == torch.bool:
             raise ValueError(
                 f"labels have dtype {labels.dtype} and shape {tuple(labels.shape)}, but cross entropy takes class ids. "
@@ -83,11 +85,20 @@ class TaskCrossEntropyLoss(TaskLoss):
         present = labels != self.ignore_index
         if labels.device.type == "cpu":
             self._check_range(labels[present], classes)
-        rows = self.rows(select_rows(logits, present).reshape(-1, classes), torch.where(present, labels, 0).reshape(-1))
+        if soft_labels is None:
+            targets = torch.where(present, labels, 0).reshape(-1)
+        elif soft_labels.shape != logits.shape:
+            raise ValueError(
+                f"soft_labels have shape {tuple(soft_labels.shape)} and logits {tuple(logits.shape)}: there must be one share for each "
+                "class. Set num_labels of the collator that mixes to the classes of the model."
+            )
+        else:
+            targets = select_rows(soft_labels.to(logits.dtype), present).reshape(-1, classes)
+        rows = self.rows(select_rows(logits, present).reshape(-1, classes), targets)
         return LossValue(*sum_rows(rows, present.reshape(-1)))
 
     def rows(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The loss of each row: `(rows, classes)` and `(rows,)` -> `(rows,)`."""
+        """The loss of each row: `(rows, classes)` and `(rows,)`, or soft `(rows, classes)`, -> `(rows,)`."""
         return cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
 
     def _check_range(self, labels: Tensor, classes: int) -> None:

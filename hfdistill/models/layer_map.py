@@ -22,7 +22,7 @@ __all__ = [
     "similar_layer_map",
 ]
 
-Pairs = list[tuple[int, int]]
+Pairs = list[tuple[int | str, int | str]]
 
 
 def uniform(student_depth: int, teacher_depth: int) -> Pairs:
@@ -77,6 +77,7 @@ def resolve_layer_map(
     step: int = 0,
     recorded: list[int] | None = None,
     similarity: Tensor | None = None,
+    named: bool = False,
 ) -> Pairs:
     """Turns what a user wrote into checked pairs of blocks.
 
@@ -89,9 +90,10 @@ def resolve_layer_map(
         seed (`int`), step (`int`): for `"random"`.
         recorded (`list[int]`, *optional*): teacher block of each student block, for `"original"`.
         similarity (`Tensor`, *optional*): `(student_depth, teacher_depth)`, for `"similar"`.
+        named (`bool`): whether a module may be named instead of a block (`"encoder.stages.1.layers.0:encoder.stages.3"`).
 
     Returns:
-        `list[tuple[int, int]]`: `(student block, teacher block)`, sorted.
+        `list[tuple[int, int]]`: `(student block, teacher block)`, sorted; in the order given where one is a name.
 
     Raises:
         ValueError: for unknown strategies, malformed pairs, blocks out of range, duplicates, an empty map, a student deeper
@@ -111,13 +113,13 @@ def resolve_layer_map(
         return _by_strategy(spec.strip(), student_depth, teacher_depth, seed, step, recorded, similarity)
     pairs = []
     for s, t in _explicit(spec):
-        pair = (_index(s, student_depth, "student", spec), _index(t, teacher_depth, "teacher", spec))
+        pair = (_index(s, student_depth, "student", spec, named), _index(t, teacher_depth, "teacher", spec, named))
         if pair in pairs:
             raise ValueError(f"layer_map {spec!r} names the pair {pair[0]}:{pair[1]} twice, which would count it double. Remove one.")
         pairs.append(pair)
     if not pairs:
         raise ValueError(f"layer_map {spec!r} is empty, so no block would be matched. {_CURE}")
-    return sorted(pairs)
+    return pairs if any(isinstance(end, str) for pair in pairs for end in pair) else sorted(pairs)
 
 
 def _by_strategy(name, student_depth, teacher_depth, seed, step, recorded, similarity) -> Pairs:
@@ -169,12 +171,14 @@ def _explicit(spec: Any) -> list[tuple[Any, Any]]:
     return [(s, t) for s, t in spec]
 
 
-def _index(value: Any, depth: int, role: str, spec: Any) -> int:
+def _index(value: Any, depth: int, role: str, spec: Any, named: bool = False) -> int | str:
     try:
         if isinstance(value, (bool, float)):
             raise ValueError
         index = int(value)
     except (TypeError, ValueError):
+        if named and isinstance(value, str) and value.strip():
+            return value.strip()
         raise ValueError(f"layer_map {spec!r} has {value!r} where the number of a {role} block belongs. {_CURE}") from None
     if not -depth <= index < depth:
         raise ValueError(
@@ -201,6 +205,8 @@ def layer_map_table(pairs: Pairs, student_depth: int, teacher_depth: int) -> str
     ```
     """
     lines = ["| student block | teacher block |", "|---|---|"]
+    if any(isinstance(end, str) for pair in pairs for end in pair):
+        return "\n".join(lines + [f"| {s} | {t} |" for s, t in pairs])
     for block in range(student_depth):
         lines.append(f"| {block} | {', '.join(str(t) for s, t in pairs if s == block) or '-'} |")
     unused = [str(t) for t in range(teacher_depth) if t not in {t for _, t in pairs}]

@@ -6,6 +6,7 @@ import fnmatch
 import re
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import nn
 
 from .anatomy import find_blocks, unwrap_peft
@@ -98,3 +99,9 @@ def scale_learning_rates(optimizer, model: nn.Module, scales: Mapping[str, float
             rest = {key: value for key, value in group.items() if key not in ("params", "lr", "initial_lr")}
             optimizer.add_param_group({**rest, "params": own, "lr": group["lr"] * scale})
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+
+def milestone_scheduler(optimizer: torch.optim.Optimizer, milestones: list[float], gamma: float, steps: int):
+    """A learning rate scheduler that multiplies by `gamma` at each of `milestones`, shares of `steps` optimizer steps."""
+    after = [round(share * steps) for share in milestones]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: gamma ** sum(step >= own for own in after))

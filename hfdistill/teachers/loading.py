@@ -61,5 +61,13 @@ def load_tokenizer(name_or_path: str, revision: str | None = None):
         return None
 
 
+def load_image_processor(name_or_path: str, revision: str | None = None):
+    """The image processor that lies beside a model, or `None` where there is none."""
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(name_or_path, revision=revision)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None
+
+
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:200]

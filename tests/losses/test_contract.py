@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 
@@ -30,6 +32,9 @@ from hfdistill.losses import (
     TaskSpanLoss,
     TaskSquaredErrorLoss,
 )
+from hfdistill.losses.decoupled import DecoupledLoss
+from hfdistill.losses.logits import HardTargetsLoss, StandardizedSoftTargetsLoss
+from hfdistill.losses.ranking import MarginMSELoss
 from hfdistill.signals import SIGNALS
 
 
@@ -84,6 +89,15 @@ CASES = {
     "soft_targets": (SoftTargetsLoss, per_token, TOKENS),
     "soft_targets T=1": (lambda: SoftTargetsLoss(1), per_sample, SAMPLES),
     "soft_targets T=8": (lambda: SoftTargetsLoss(temperature=8.0), per_token, TOKENS),
+    "soft_targets mean": (lambda: SoftTargetsLoss(class_reduction="mean"), per_token, TOKENS),
+    "standardized_soft_targets": (StandardizedSoftTargetsLoss, per_token, TOKENS),
+    "standardized_soft_targets T=8": (lambda: StandardizedSoftTargetsLoss(8.0), per_sample, SAMPLES),
+    "hard_targets": (HardTargetsLoss, per_token, TOKENS),
+    "hard_targets samples": (HardTargetsLoss, per_sample, SAMPLES),
+    "decoupled": (DecoupledLoss, per_token, TOKENS),
+    "decoupled T=1": (lambda: DecoupledLoss(beta=2.0, temperature=1.0), per_sample, SAMPLES),
+    "margin_mse": (MarginMSELoss, per_sample, SAMPLES),
+    "margin_mse tokens": (lambda: MarginMSELoss(positive=2), per_token, TOKENS),
     "binary_soft_targets": (BinarySoftTargetsLoss, per_sample, SAMPLES),
     "binary_soft_targets tokens": (lambda: BinarySoftTargetsLoss(1.0), per_token, TOKENS),
     "regression_mse": (RegressionMSELoss, per_sample, SAMPLES),
@@ -115,6 +129,9 @@ CASES = {
     "hidden_moments widths": (lambda: HiddenMomentsLoss(50.0, 5.0), unequal_widths, TOKENS),
 }
 
+NOT_ZERO_WHEN_EQUAL = ("hard_targets", "hard_targets samples")
+OTHER_TABLES = {"test_batch_contract": "BATCH_CASES", "test_map_contract": "MAP_CASES", "test_contrastive": "CONTRASTIVE_CASES"}
+
 
 def draw(layout, lengths=LENGTHS, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
@@ -139,8 +156,16 @@ def valid_entries(mask, tensor):
     return (mask if mask.dim() == tensor.dim() else mask.unsqueeze(-1)).expand(tensor.shape)
 
 
+def call(loss, student, teacher, mask=None):
+    """Where a loss needs labels, they are made from the teacher's rows, which they follow wherever a test moves them."""
+    if "labels" not in loss.needs:
+        return loss(student, teacher, mask)
+    rows = teacher.detach()[..., 0].double().nan_to_num().clamp(-100, 100)
+    return loss(student, teacher, mask, labels=(1000 * rows).long() % teacher.size(-1))
+
+
 def backward(loss, student, teacher, mask):
-    value = loss(student, teacher, mask)
+    value = call(loss, student, teacher, mask)
     (gradient,) = torch.autograd.grad(value.total, student)
     return value, gradient
 
@@ -152,15 +177,19 @@ def case(request):
 
 
 def test_every_loss_has_a_row():
-    assert set(LOSSES.values()) == {type(build()) for build, _, _ in CASES.values()}
-    for name, loss in LOSSES.items():
-        assert type(CASES[name][0]()) is loss
+    """In this table or in that of another file; the name of a row begins with that of its loss."""
+    tables = [CASES, *(getattr(import_module(f"losses.{module}"), name) for module, name in OTHER_TABLES.items())]
+    assert {name.split()[0] for table in tables for name in table} == set(LOSSES)
+    for name, (build, _, _) in CASES.items():
+        assert type(build()) is LOSSES[name.split()[0]]
+    for loss in LOSSES.values():
         assert loss.signal in SIGNALS
 
 
 def test_unit_says_what_is_counted(case):
     loss, layout, count = case
-    assert loss.unit == ("pairs" if count in (PAIRS, CAUSAL_PAIRS) else "sequences" if count == len(LENGTHS) else "rows")
+    rows = "labels" if loss.needs else "rows"
+    assert loss.unit == ("pairs" if count in (PAIRS, CAUSAL_PAIRS) else "sequences" if count == len(LENGTHS) else rows)
 
 
 def test_autocast_is_off_while_a_loss_is_computed():
@@ -195,13 +224,15 @@ def test_no_mask_means_every_row(case):
     loss, layout, _ = case
     student, teacher, mask = draw(layout)
     everything = torch.ones_like(mask)
-    without, full = loss(student, teacher), loss(student, teacher, everything)
+    without, full = call(loss, student, teacher), call(loss, student, teacher, everything)
     assert without.count == full.count and without.count.dtype == full.count.dtype
     torch.testing.assert_close(without.total, full.total, rtol=1e-12, atol=0)
 
 
-def test_zero_when_student_is_the_teacher(case):
-    loss, layout, _ = case
+@pytest.mark.parametrize("name", [name for name in CASES if name not in NOT_ZERO_WHEN_EQUAL])
+def test_zero_when_student_is_the_teacher(name):
+    build, layout, _ = CASES[name]
+    loss = build()
     student, _, mask = draw(layout)
     value, gradient = backward(loss, student, student.detach().clone(), mask)
     assert 0 <= value.total <= 1e-13
@@ -211,7 +242,7 @@ def test_zero_when_student_is_the_teacher(case):
 def test_gradcheck(case):
     loss, layout, _ = case
     student, teacher, mask = draw(layout, lengths=(3, 1, 2))
-    assert torch.autograd.gradcheck(lambda s: loss(s, teacher, mask).total, student, eps=1e-6, atol=1e-7, rtol=1e-5)
+    assert torch.autograd.gradcheck(lambda s: call(loss, s, teacher, mask).total, student, eps=1e-6, atol=1e-7, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -219,7 +250,7 @@ def test_gradcheck(case):
 def test_half_precision_is_computed_in_float32(case, dtype, autocast):
     loss, layout, _ = case
     student, teacher, mask = draw(layout, dtype=dtype)
-    exact = loss(student.detach().double(), teacher.double(), mask).total
+    exact = call(loss, student.detach().double(), teacher.double(), mask).total
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         value, gradient = backward(loss, student, teacher, mask)
     assert value.total.dtype == torch.float32
@@ -232,7 +263,7 @@ def test_autocast_changes_nothing_for_float32(case):
     student, teacher, mask = draw(layout, dtype=torch.float32)
     plain, plain_gradient = backward(loss, student, teacher, mask)
     with torch.autocast("cpu", torch.bfloat16):
-        value = loss(student, teacher, mask)
+        value = call(loss, student, teacher, mask)
     (gradient,) = torch.autograd.grad(value.total, student)  # outside autocast, as a training loop calls backward
     assert torch.equal(value.total, plain.total) and torch.equal(gradient, plain_gradient)
 
@@ -267,10 +298,10 @@ def test_parts_of_a_batch_add_up(case):
     """Each part is cut to its own longest row, as a collator would do it."""
     loss, layout, _ = case
     student, teacher, mask = draw(layout)
-    whole = loss(student, teacher, mask)
+    whole = call(loss, student, teacher, mask)
     total, count = 0, 0
     for rows in ([0], [1, 2], [3]):
-        value = loss(cut(student, rows), cut(teacher, rows), cut(mask, rows))
+        value = call(loss, cut(student, rows), cut(teacher, rows), cut(mask, rows))
         total, count = total + value.total, count + value.count
     assert count == whole.count
     torch.testing.assert_close(total, whole.total, rtol=1e-12, atol=0)
@@ -280,7 +311,7 @@ def test_no_gradient_to_the_teacher(case):
     loss, layout, _ = case
     student, teacher, mask = draw(layout)
     teacher.requires_grad_()
-    loss(student, teacher, mask).total.backward()
+    call(loss, student, teacher, mask).total.backward()
     assert teacher.grad is None and student.grad is not None
 
 

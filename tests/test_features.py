@@ -1,0 +1,307 @@
+"""Feature maps from every family of image models: which stages, which layout, and a training step with every kind of vision term."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import vision_families as vision
+from torch import nn
+from torch.nn.functional import adaptive_avg_pool2d
+from training import Rows, arguments, pad, run
+
+from hfdistill import DistillationTrainer, Term
+from hfdistill.capture import Capture, CapturePlan
+from hfdistill.models.stages import feature_map, token_grid
+
+
+# Heights and channels of the stages of `vision.build(family)`, from the configs and the papers' strides.
+STAGES = {
+    "vit": [(4, 16)] * 2,
+    "deit": [(4, 16)] * 2,
+    "beit": [(4, 16)] * 2,
+    "dinov2": [(4, 16)] * 2,
+    "dinov2_with_registers": [(4, 16)] * 2,
+    "swin": [(8, 16), (4, 32), (4, 32)],
+    "convnext": [(16, 8), (8, 16), (4, 24), (2, 32)],
+    "convnextv2": [(16, 8), (8, 16), (4, 24), (2, 32)],
+    "resnet": [(16, 8), (8, 16), (4, 24), (2, 32)],
+    "regnet": [(16, 8), (8, 16), (4, 24), (2, 32)],
+    "mobilenet_v2": [(16, 8), (8, 8), (4, 24), (2, 80)],
+    "efficientnet": None,
+    "pvt": [(16, 8), (8, 16), (4, 24), (2, 32)],
+    "levit": [(2, 24), (1, 32), (1, 32)],
+    "mobilevit": [(32, 8), (16, 8), (8, 16), (4, 16), (2, 16)],
+}
+ATTENTION = ("vit", "deit", "beit", "dinov2", "dinov2_with_registers")
+FAMILIES = sorted(vision.VISION)
+
+
+def side_of(family: str) -> int:
+    return vision.VISION[family][2]
+
+
+def everything(capture: Capture, batch) -> dict:
+    stages = range(len(capture.find_stages(batch)))
+    return capture.require(CapturePlan(logits=False, features=frozenset(stages)), batch).features
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stages_of_every_family(family):
+    capture, batch = Capture(vision.build(family), "student"), vision.batch(side_of(family))
+    maps = everything(capture, batch)
+    shapes = [(maps[k].size(2), maps[k].size(1)) for k in range(len(maps))]
+    assert all(tensor.shape[0] == 4 and tensor.size(2) == tensor.size(3) for tensor in maps.values())
+    if STAGES[family] is None:  # every block sequence of one resolution is a stage: resolutions fall from stage to stage
+        assert len(shapes) >= 4 and [side for side, _ in shapes] == sorted({side for side, _ in shapes}, reverse=True)
+    else:
+        assert shapes == STAGES[family]
+
+
+@pytest.mark.parametrize("family", ["resnet", "convnext", "swin", "mobilenet_v2"])
+def test_maps_are_what_transformers_calls_hidden_states(family):
+    model, batch = vision.build(family), vision.batch(side_of(family))
+    maps = everything(Capture(model, "student"), batch)
+    with torch.no_grad():
+        output = model(pixel_values=batch["pixel_values"], output_hidden_states=True)
+    if family == "swin":
+        states = [state.flatten(2) for state in output.reshaped_hidden_states[1:]]
+        maps = {k: tensor.flatten(2) for k, tensor in maps.items()}
+    elif family == "mobilenet_v2":  # one a block, and stages end where the resolution falls
+        states = [output.hidden_states[k] for k in (1, 4, 11, 15)]
+    else:
+        states = output.hidden_states[1:]
+    for k, state in enumerate(states):
+        assert torch.equal(maps[k], state)
+
+
+@pytest.mark.parametrize(("family", "front"), [("vit", 1), ("deit", 2), ("dinov2_with_registers", 3)])
+def test_patch_tokens_lie_where_their_patches_lie(family, front):
+    """A patch of the image that changes moves its own place on the map of the patch embedding's first block most; and the special
+    tokens are not on it."""
+    model = vision.build(family)
+    blocks = [module for name, module in model.named_modules() if name.endswith(("layers.0", "layer.0"))]
+    seen = {}
+    handle = blocks[0].register_forward_hook(lambda _m, _a, out: seen.__setitem__("out", out))
+    batch = vision.batch(32, rows=1)
+    maps = everything(Capture(model, "student"), batch)
+    handle.remove()
+    tokens = seen["out"][0] if isinstance(seen["out"], tuple) else seen["out"]
+    for row in range(4):
+        for column in range(4):
+            assert torch.equal(maps[0][0, :, row, column], tokens[0, front + 4 * row + column])
+
+
+def test_images_that_are_not_square():
+    batch = vision.batch(64, width=32)
+    maps = everything(Capture(vision.build("resnet"), "student"), batch)
+    assert [tuple(maps[k].shape[-2:]) for k in range(4)] == [(16, 8), (8, 4), (4, 2), (2, 1)]
+    tall = vision.build("vit", image_size=(64, 32))
+    assert everything(Capture(tall, "student"), batch)[0].shape[-2:] == (8, 4)
+
+
+@pytest.mark.parametrize(
+    ("length", "size", "special", "expected"),
+    [
+        (17, (32, 32), 1, (1, 4, 4)),
+        (16, (32, 32), 1, (0, 4, 4)),
+        (9, (64, 32), 1, (1, 4, 2)),
+        (33, (32, 64), 1, (1, 4, 8)),
+        (19, (32, 32), 3, (3, 4, 4)),
+        (18, (32, 32), 1, None),
+        (16, (31, 31), 0, (0, 4, 4)),
+        (1 + 16 * 16, (224, 224), 1, (1, 16, 16)),
+    ],
+)
+def test_token_grid(length, size, special, expected):
+    assert token_grid(length, size, special) == expected
+
+
+def test_a_map_is_found_in_what_a_module_returns():
+    image = torch.randn(2, 3, 4, 5)
+    assert feature_map((image, "more"), (8, 8), 0) is image
+    assert feature_map(torch.randn(2, 7), (8, 8), 0) is None
+    assert feature_map("text", (8, 8), 0) is None
+
+
+TERMS = [
+    Term("soft_targets", weight=0.5),
+    Term("hint", weight=0.1),
+    Term("attention_transfer", weight=10.0),
+    Term("rkd_distance", weight=0.5),
+    Term("similarity_preserving", weight=1.0, layer_map="-1:-1"),
+    Term("task", weight=0.5),
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_under_a_teacher_of_the_same_family(family, tmp_path):
+    student, teacher = vision.build(family, 1, seed=1), vision.build(family, 2, seed=2)
+    student.train()
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    teacher_before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    terms = [*TERMS]
+    if family in ATTENTION:
+        terms += [Term("attention_kl", weight=0.1, options={"heads": "mean"}), Term("cosine", weight=0.1)]
+    data = Rows(vision.batch(side_of(family), rows=8))
+    trainer, gradients = run(student, teacher, data, arguments(tmp_path, max_steps=1, learning_rate=0.01), objective=terms)
+    log = trainer.state.log_history[0]
+    for term in terms:
+        assert log[term.name] >= -1e-6 and torch.isfinite(torch.tensor(log[term.name])), term.name
+    assert log["hint"] > 0 and log["attention_transfer"] > 0 and log["rkd_distance"] > 0
+    moved = [name for name, p in student.named_parameters() if not torch.equal(p, before[name])]
+    assert len(moved) > 0.6 * len(before)
+    assert all(torch.equal(tensor, teacher_before[name]) for name, tensor in teacher.state_dict().items())
+    adapters = {name for name, _ in trainer.objective.named_parameters()}
+    assert adapters and all(f"adapter.{name}" in gradients[0] for name in adapters)
+    assert student.state_dict().keys() == vision.build(family, 1).state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [("resnet", "vit"), ("vit", "resnet"), ("mobilenet_v2", "resnet"), ("vit", "swin"), ("swin", "convnext"), ("deit", "regnet")],
+)
+def test_a_step_across_families(student, teacher, tmp_path):
+    """Maps of other height and width are pooled to the smaller; layer maps are named where the teacher has fewer stages."""
+    student, teacher = (vision.build(name, image_size=64) if name in ("vit", "swin", "deit") else vision.build(name)
+                        for name in (student, teacher))  # fmt: skip
+    terms = [Term("soft_targets"), Term("hint", layer_map="-1:-1"), Term("attention_transfer", layer_map="0:0,-1:-1"), Term("pkt")]
+    trainer, _ = run(student, teacher, Rows(vision.batch(64, rows=4)), arguments(tmp_path), objective=terms)
+    assert all(trainer.state.log_history[0][term.name] > 0 for term in terms)
+
+
+def test_the_larger_map_is_pooled_and_the_adapter_is_a_convolution(tmp_path):
+    """The logged value against the same by hand: hint between a 16x16 map of 8 channels and a 4x4 map of 24."""
+    student, teacher, batch = vision.build("resnet", seed=1), vision.build("resnet", seed=2), vision.batch(64, rows=4)
+    term = Term("hint", layer_map={0: 2})
+    trainer = DistillationTrainer(student, arguments(tmp_path), teacher=teacher, train_dataset=Rows(batch), objective=[term])
+    adapter = trainer.objective.terms["hint"].adapters[0]
+    assert isinstance(adapter, nn.Conv2d) and adapter.weight.shape == (24, 8, 1, 1)
+    weight, bias = (p.detach().clone() for p in adapter.parameters())
+    student.eval()
+    with torch.no_grad():
+        s = student(pixel_values=batch["pixel_values"], output_hidden_states=True).hidden_states[1]
+        t = teacher(pixel_values=batch["pixel_values"], output_hidden_states=True).hidden_states[3]
+    expected = (adaptive_avg_pool2d(torch.einsum("oc,bchw->bohw", weight[:, :, 0, 0], s) + bias[:, None, None], 4) - t).square().mean()
+    signals = [capture(batch, CapturePlan(logits=False, features=frozenset({k})))
+               for capture, k in ((trainer.student, 0), (trainer.teacher.capture, 2))]  # fmt: skip
+    (part,) = trainer.objective(*signals, None, 0.0, trainer.objective.pairs_at(0))
+    assert part.value.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_rows_of_a_map_are_its_positions(tmp_path):
+    """A loss on vectors reads a map position by position: cosine over channels, mean over samples and positions."""
+    student, teacher, batch = vision.build("resnet", seed=1), vision.build("resnet", seed=2), vision.batch(64, rows=4)
+    term = Term("cosine", signal="features", layer_map="1:1")
+    trainer = DistillationTrainer(student, arguments(tmp_path), teacher=teacher, train_dataset=Rows(batch), objective=[term])
+    student.eval()
+    with torch.no_grad():
+        s, t = (model(pixel_values=batch["pixel_values"], output_hidden_states=True).hidden_states[2] for model in (student, teacher))
+    signals = [capture(batch, CapturePlan(logits=False, features=frozenset({1}))) for capture in (trainer.student, trainer.teacher.capture)]
+    (part,) = trainer.objective(*signals, None, 0.0, trainer.objective.pairs_at(0))
+    cosine = (s * t).sum(1) / (s.square().sum(1).sqrt() * t.square().sum(1).sqrt())
+    assert part.value.item() == pytest.approx((1 - cosine).mean().item(), rel=1e-5)
+    assert part.counts.item() == 4 * 8 * 8
+
+
+def test_modules_by_name(tmp_path):
+    student, teacher, batch = vision.build("resnet", seed=1), vision.build("vit", image_size=64), vision.batch(64, rows=4)
+    names = {"resnet.encoder.stages.1.layers.0": "vit.layers.1", "encoder.stages.2": 0}
+    term = Term("attention_transfer", layer_map=names)
+    trainer, _ = run(student, teacher, Rows(batch), arguments(tmp_path), objective=[term])
+    assert trainer.objective.terms["attention_transfer"].pairs == [
+        ("resnet.encoder.stages.1.layers.0", "vit.layers.1"),
+        ("encoder.stages.2", 0),
+    ]
+    assert "| encoder.stages.2 | 0 |" in trainer.layer_map_tables()["attention_transfer"]
+    text = Term("attention_transfer", layer_map="encoder.stages.1:vit.layers.1")
+    trainer, _ = run(student, teacher, Rows(batch), arguments(tmp_path), objective=[text])
+    assert trainer.objective.terms["attention_transfer"].pairs == [("encoder.stages.1", "vit.layers.1")]
+
+
+def test_similar_stages(tmp_path):
+    student, teacher = vision.build("resnet", seed=1), vision.build("resnet", seed=1)
+    term = Term("attention_transfer", layer_map="similar")
+    trainer = DistillationTrainer(
+        student, arguments(tmp_path), teacher=teacher, train_dataset=Rows(vision.batch(64, rows=8)), objective=[term]
+    )
+    assert trainer.objective.terms["attention_transfer"].pairs == [(k, k) for k in range(4)]
+
+
+REFUSED = {
+    "no such module": (dict(layer_map="encoder.stage.1:0"), "names the module 'encoder.stage.1' of the student .*Did you mean"),
+    "no such stage": (dict(layer_map="4:0"), "the student has 4 blocks: 0 to 3"),
+    "no map": (dict(layer_map="classifier:0"), "gave neither a map nor patch tokens"),
+    "random": (dict(layer_map="random"), "cannot draw its layer map anew each step"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_training(case, tmp_path):
+    options, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        DistillationTrainer(
+            vision.build("resnet", seed=1),
+            arguments(tmp_path),
+            teacher=vision.build("resnet", seed=2),
+            train_dataset=Rows(vision.batch(64)),
+            objective=[Term("attention_transfer", **options)],
+        )
+
+
+def test_text_models_have_no_feature_maps(tmp_path):
+    import families
+
+    with pytest.raises(ValueError, match="takes no images .* Use signal 'hidden_states' or 'pooled'"):
+        DistillationTrainer(
+            families.build("bert", 2),
+            arguments(tmp_path),
+            teacher=families.build("bert", 2),
+            train_dataset=Rows(families.batch("bert")),
+            data_collator=pad,
+            objective=[Term("attention_transfer")],
+        )
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "term", "message"),
+    [
+        ("resnet", "resnet", "attention_kl", "has no attention that can be read"),
+        ("swin", "swin", "attention_kl", "windowed or cross attention cannot be compared|attentions for"),
+        ("resnet", "resnet", "hidden_mse", "For the maps of convolutional networks use signal 'features'"),
+        ("dinov2", "dinov2_with_registers", "hidden_mse", "use signal 'features', which leaves special tokens out"),
+    ],
+)
+def test_signals_that_do_not_exist_are_refused(student, teacher, term, message, tmp_path):
+    side = side_of(student)
+    with pytest.raises(ValueError, match=message):
+        DistillationTrainer(
+            vision.build(student),
+            arguments(tmp_path),
+            teacher=vision.build(teacher),
+            train_dataset=Rows(vision.batch(side)),
+            objective=[Term(term, layer_map="0:0")],
+        )
+
+
+def test_capture_of_features_changes_nothing(tmp_path):
+    """The hooks are gone after the pass, and the logits are those without them."""
+    model, batch = vision.build("resnet"), vision.batch(64)
+    capture = Capture(model, "student")
+    capture.require(CapturePlan(features=frozenset({0, 3})), batch)
+    with torch.no_grad():
+        with_hooks = capture(batch, CapturePlan(features=frozenset({0, 3}))).logits
+        assert torch.equal(with_hooks, model(pixel_values=batch["pixel_values"]).logits)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_cutting_the_batch_does_not_change_the_gradient_of_maps(accumulation, tmp_path):
+    """Hint and AT are sums over samples (a ViT has no batch norm, which alone would couple them)."""
+    terms = [Term("hint", layer_map="1:2"), Term("attention_transfer", layer_map="1:2"), Term("cosine", signal="features", layer_map="0:0")]
+    flat = []
+    for steps in (1, accumulation):
+        student, teacher = vision.build("vit", 1, seed=1), vision.build("vit", 2, seed=2)
+        args = arguments(tmp_path / str(steps), per_device_train_batch_size=8 // steps, gradient_accumulation_steps=steps)
+        _, gradients = run(student, teacher, Rows(vision.batch(32, rows=8)), args, objective=terms)
+        flat.append(torch.cat([gradients[0][name].flatten() for name in sorted(gradients[0])]))
+    torch.testing.assert_close(flat[1], flat[0], rtol=1e-4, atol=1e-6)
