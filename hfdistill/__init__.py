@@ -130,7 +130,9 @@ _NAMES = {
     "model_pair": ("ModelPair",),
     "stages": ("Stage",),
     "stage_training": ("StageRecord", "train_stages"),
-    "ablation": ("load_ablation", "run_ablation"),
+    "ablation": ("load_ablation", "load_recipe", "run_ablation"),
+    "method_comparison": ("Method", "compare_methods", "load_methods", "memory_in_a_process", "memory_of"),
+    "costs": ("peak_memory", "step_costs"),
     "runs": ("Arm", "Comparison", "Run", "label_comparisons", "open_run", "run_fingerprint"),
     "comparison": ("compare_arms", "refuse_weak_teacher"),
     "benchmark": ("measure_model",),
@@ -143,6 +145,7 @@ __all__ = sorted(_MODULE_OF)
 
 if TYPE_CHECKING:
     from .ablation import load_ablation as load_ablation
+    from .ablation import load_recipe as load_recipe
     from .ablation import run_ablation as run_ablation
     from .alignment import resolve_vocabulary as resolve_vocabulary
     from .alignment import teacher_token_ids as teacher_token_ids
@@ -162,6 +165,8 @@ if TYPE_CHECKING:
     from .cli import parse as parse
     from .comparison import compare_arms as compare_arms
     from .comparison import refuse_weak_teacher as refuse_weak_teacher
+    from .costs import peak_memory as peak_memory
+    from .costs import step_costs as step_costs
     from .data.answers import AnswerScorer as AnswerScorer
     from .data.answers import answer_references as answer_references
     from .data.answers import answer_texts as answer_texts
@@ -261,6 +266,11 @@ if TYPE_CHECKING:
     from .losses.base import DistillationLoss as DistillationLoss
     from .losses.base import LossValue as LossValue
     from .losses.batch import BatchLoss as BatchLoss
+    from .method_comparison import Method as Method
+    from .method_comparison import compare_methods as compare_methods
+    from .method_comparison import load_methods as load_methods
+    from .method_comparison import memory_in_a_process as memory_in_a_process
+    from .method_comparison import memory_of as memory_of
     from .metrics import GLUE_METRICS as GLUE_METRICS
     from .metrics import agreement as agreement
     from .metrics import answer_agreement as answer_agreement

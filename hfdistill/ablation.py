@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import fields, replace
@@ -109,22 +111,12 @@ def run_ablation(main: Callable[[Any, Any], dict], recipe: Any, args: Any, ablat
     root = Path(ablation["output_dir"])
     args = replace(args, push_to_hub=False)  # all of them would go to one repository
     plans = {name: changed_settings(recipe, args, changes or {}) for name, changes in ablation["variants"].items()}
-    folders = {name: "".join(c if c.isalnum() else "_" for c in name) for name in plans}
-    if len({FULL, *folders.values()}) <= len(folders):
-        raise ValueError(f"Two variants would share a folder: {sorted(folders.values())}. Give them names that differ in letters.")
-    if any(own.seeds != recipe.seeds for own, _ in plans.values()):
-        raise ValueError("A variant changes the seeds, and differences are taken seed by seed. Set the seeds in the config.")
+    folders = variant_folders(plans, recipe, FULL)
     full = main(recipe, replace(args, output_dir=str(root / FULL)))
     metric = full["metric"]
     measured = {FULL: full["student_distilled"][metric]}
-    shared = {key: str(root / FULL / folder) for key, folder in ablation["shared"].items()}
-    for name, (own, training) in plans.items():
-        own = replace(own, **shared, baselines=False)
-        if "teacher_model_name_or_path" in shared:  # trained and measured by the full run
-            own = replace(own, teacher_training=None, allow_weak_teacher=True)
-        if "general_teacher_name_or_path" in shared:
-            own = replace(own, general_teacher_training=None, general_teacher_mlm_probability=None)
-        results = main(own, replace(training, output_dir=str(root / folders[name])))
+    for name, plan in plans.items():
+        results = main(*under_the_same_teacher(plan, root / FULL, root / folders[name], ablation["shared"]))
         measured[name] = results["student_distilled"][metric]
     outcome = {
         "task": full["task"],
@@ -133,7 +125,7 @@ def run_ablation(main: Callable[[Any, Any], dict], recipe: Any, args: Any, ablat
         "teacher": full["teacher"][metric],
         "alone": None if full["student_alone"] is None else full["student_alone"][metric],
         "variants": measured,
-        "differences": {name: _difference(value, measured[FULL]) for name, value in measured.items() if name != FULL},
+        "differences": {name: paired_difference(value, measured[FULL]) for name, value in measured.items() if name != FULL},
         "changes": dict(ablation["variants"]),
         "versions": full["versions"],
         "command": command,
@@ -149,8 +141,53 @@ def run_ablation(main: Callable[[Any, Any], dict], recipe: Any, args: Any, ablat
     return outcome
 
 
-def _difference(value: Mapping[str, Any], full: Mapping[str, Any]) -> dict[str, Any]:
-    return summarise([own - base for own, base in zip(value["values"], full["values"], strict=True)])
+def load_recipe(path: str | os.PathLike) -> Any:
+    """A recipe's file as a module, with its `main` and `ARGUMENTS`.
+
+    Raises:
+        ValueError: where there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is no file, so there is no such recipe. Configs lie in a folder with the name of their recipe.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    recipe = sys.modules[path.stem] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(recipe)
+    return recipe
+
+
+def variant_folders(plans: Mapping[str, tuple[Any, Any]], recipe: Any, first: str) -> dict[str, str]:
+    """The folder of each plan, beside that of the run called `first`; before anything is trained.
+
+    Raises:
+        ValueError: for names that would share a folder, and plans that could not be compared with `recipe` seed by seed.
+    """
+    folders = {name: "".join(c if c.isalnum() else "_" for c in name) for name in plans}
+    if len({first, *folders.values()}) <= len(folders):
+        raise ValueError(f"Two variants would share a folder: {sorted(folders.values())}. Give them names that differ in letters.")
+    if any(own.seeds != recipe.seeds for own, _ in plans.values()):
+        raise ValueError("A variant changes the seeds, and differences are taken seed by seed. Set the seeds in the config.")
+    return folders
+
+
+def under_the_same_teacher(plan: tuple[Any, Any], first: Path, folder: Path, shared: Mapping[str, str]) -> tuple[Any, Any]:
+    """Arguments of a recipe that trains its student alone in `folder`, under what the run in `first` has trained.
+
+    Args:
+        shared: arguments of the recipe that name a folder -> that folder below `first`.
+    """
+    own, training = plan
+    own = replace(own, **{key: str(first / below) for key, below in shared.items()}, baselines=False)
+    if "teacher_model_name_or_path" in shared:  # trained and measured by the first run
+        own = replace(own, teacher_training=None, allow_weak_teacher=True)
+    if "general_teacher_name_or_path" in shared:
+        own = replace(own, general_teacher_training=None, general_teacher_mlm_probability=None)
+    return own, replace(training, output_dir=str(folder))
+
+
+def paired_difference(value: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """Mean and spread of `value - base`, seed by seed; both as [`summarise`] gives them."""
+    return summarise([own - other for own, other in zip(value["values"], base["values"], strict=True)])
 
 
 def ablation_rows(outcome: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -276,7 +276,7 @@ def _prepare_losses(term: BoundTerm, student: Signals, teacher: Signals | None, 
             f"The term {term.name!r} ({term.loss_name}) sets itself up by the shapes of both models, but the teacher is a function, whose "
             "shapes are not known before training. Pass the teacher as a module."
         )
-    if hasattr(term.loss, "set_examples") and example_labels is not None:
+    if getattr(term.loss, "examples", 0) is None and example_labels is not None:
         term.loss.set_examples(example_labels())
     with torch.no_grad():
         adapters = term.adapters.training
@@ -290,11 +290,12 @@ def _prepare_losses(term: BoundTerm, student: Signals, teacher: Signals | None, 
         term.adapters.train(adapters)
     if term.joint:
         term.loss.prepare([s for s, _ in shapes], [t for _, t in shapes])
-        return
-    if len(shapes) > 1:
+    else:
         term.losses.extend(copy.deepcopy(term.loss) for _ in shapes[1:])
-    for loss, (s, t) in zip(term.losses, shapes):
-        loss.prepare(s, t)
+        for loss, (own, other) in zip(term.losses, shapes):
+            loss.prepare(own, other)
+    if s.dtype == torch.float64:
+        term.losses.double()
 
 
 def _check_checkpointing(student: Capture, args) -> None:

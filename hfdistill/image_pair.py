@@ -51,6 +51,7 @@ class ImageModelPair(ModelPair):
         for key in sizes:
             if key not in known and key != "architectures":
                 raise ValueError(f"unknown key {key!r} in {where}.{did_you_mean(key, known)} It would have no effect")
+        _model_class(sizes)
 
     def _scratch_config(self, sizes: Mapping[str, Any]):
         own = {key: value for key, value in sizes.items() if key not in ("model_type", "architectures")}
@@ -101,13 +102,8 @@ class ImageModelPair(ModelPair):
         own = {"image_size": size[0] if size[0] == size[1] else list(size)} if hasattr(plain, "image_size") else {}
         config = self._scratch_config({**own, **(entries or {}), **sizes})
         set_seed(self.args.seed if seed is None else seed)
-        names = sizes.get("architectures") or []
-        if not names:
-            return self.auto_class.from_config(config)
-        model_class = getattr(transformers, names[0], None)
-        if model_class is None or not issubclass(model_class, transformers.PreTrainedModel):
-            raise ValueError(f"architectures names {names[0]!r}, which is no model of Transformers.{did_you_mean(names[0], dir(transformers))}")
-        return model_class(config)
+        model_class = _model_class(sizes)
+        return self.auto_class.from_config(config) if model_class is None else model_class(config)
 
     def student(self, seed: int, say: Callable | None = None, **sizes: Any) -> nn.Module:
         """A fresh student: the given checkpoint, one of another family from scratch, or one built from the teacher.
@@ -121,6 +117,17 @@ class ImageModelPair(ModelPair):
         if self.recipe.model_name_or_path is not None and not sizes or "model_type" not in own:
             return super().student(seed, say, **sizes)
         return self.from_scratch(own, self.entries, seed=seed)
+
+
+def _model_class(sizes: Mapping[str, Any]) -> type[nn.Module] | None:
+    """The class that `architectures` names; `None` where it names none."""
+    names = sizes.get("architectures") or []
+    if not names:
+        return None
+    model_class = getattr(transformers, names[0], None)
+    if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
+        raise ValueError(f"architectures names {names[0]!r}, which is no model of Transformers.{did_you_mean(names[0], dir(transformers))}")
+    return model_class
 
 
 def resized_to(processor) -> tuple[int, int]:

@@ -199,10 +199,12 @@ class Objective(nn.Module):
             pairs: from `pairs_at`.
             denominators: counts of the accumulation window; `None` divides by the counts of this batch.
             soft_labels: `(batch, classes)`, shares of the classes in mixed images, for the task term; rows count where `labels` do.
-            example_ids: `(batch,)`, for losses that remember examples.
+            example_ids: `(batch,)`, for losses that remember examples, which have no part in evaluation (eval mode).
         """
         parts = []
         for term, weight in self.active(progress):
+            if not self.training and not term.term.is_task and "example_ids" in term.loss.needs:
+                continue  # it remembers training examples, of which there are none here
             options = {name: schedule(progress) for name, schedule in term.schedules.items()}
             inputs = {"labels": labels, "soft_labels": soft_labels, "example_ids": example_ids}
             own = pairs.get(term.name, [None])

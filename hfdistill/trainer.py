@@ -45,6 +45,7 @@ from .preparation import (
 from .teachers import AdaptersOffTeacher, FrozenTeacher
 from .terms import Term, resolve_terms
 from .trainer_files import TrainerFiles
+from .trainer_search import TrainerSearch
 
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class Window:
     denominators: Denominators
 
 
-class DistillationTrainer(TrainerFiles):
+class DistillationTrainer(TrainerFiles, TrainerSearch):
     """Trains a student under a teacher; everything else is `transformers.Trainer`.
 
     Args:
@@ -245,6 +246,7 @@ class DistillationTrainer(TrainerFiles):
         self._signature_columns += [name for name in [*extra, *collator, TARGET_MASK, "labels"] if name not in self._signature_columns]
 
     def call_model_init(self, trial=None):
+        self._set_up_trial(trial)
         model = super().call_model_init(trial)
         if self._peft_config is not None:
             model = wrap_student(model, self._peft_config, self.args.seed)

@@ -10,6 +10,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from .hub import distillation_card
+from .models.anatomy import unwrap_peft
 from .models.layer_map import layer_map_table
 from .run_card import card_fields
 from .side_file import changed_maps, load_side_file, read_record, save_side_file
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 class TrainerFiles(Trainer):
     """A Trainer with an `objective` and a `card`, as [`DistillationTrainer`] sets them, and a `_bind` that resolves layer maps."""
+
+    _renamed = False
 
     # ---- Checkpoints ----
 
@@ -42,13 +45,40 @@ class TrainerFiles(Trainer):
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        self._renamed = False
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_renamed(resume_from_checkpoint, self.model if model is None else model)
         self._load_side_file(resume_from_checkpoint)
 
     def _load_best_model(self):
+        self._renamed = False
         super()._load_best_model()
+        self._load_renamed(self.state.best_model_checkpoint, self.model)
         if self.state.best_model_checkpoint and read_record(self.state.best_model_checkpoint) is not None:
             self._load_side_file(self.state.best_model_checkpoint)
+
+    def _issue_warnings_after_load(self, load_result):
+        self._renamed = bool(load_result.missing_keys and load_result.unexpected_keys)
+        if not self._renamed:
+            super()._issue_warnings_after_load(load_result)
+
+    def _load_renamed(self, folder: str, model) -> None:
+        """Loads weights that a checkpoint holds under other names than the model.
+
+        Transformers writes some models (ViT, DeiT) under their older names, and its Trainer reads a checkpoint by the names in memory:
+        it would go on from random weights with no more than a warning.
+        """
+        if not self._renamed:
+            return
+        inner = unwrap_peft(self.accelerator.unwrap_model(model))
+        stored, info = type(inner).from_pretrained(folder, output_loading_info=True)
+        if inner is not self.accelerator.unwrap_model(model) or info["missing_keys"] or info["unexpected_keys"]:
+            raise ValueError(
+                f"The checkpoint {os.path.basename(folder)} holds other weights than {type(inner).__name__} has (missing: "
+                f"{sorted(info['missing_keys'])[:3]}, unexpected: {sorted(info['unexpected_keys'])[:3]}): training would go on from random "
+                "ones. Resume with the model of that run, or start anew without resume_from_checkpoint."
+            )
+        inner.load_state_dict(stored.state_dict())
 
     def _load_side_file(self, folder: str) -> None:
         record = read_record(folder)

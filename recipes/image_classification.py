@@ -5,7 +5,7 @@
 # ///
 """Distil an image classifier, and measure honestly what it bought.
 
-    accelerate launch recipes/image_classification.py --config recipes/configs/image_classification/digits_vit_kd.yaml
+    accelerate launch recipes/image_classification.py --config recipes/configs/image_classification/digits_resnet_kd.yaml
 
 trains a teacher (or takes one), trains the student alone and under the teacher with the same steps for every seed, and
 writes to `output_dir`: the distilled student of the first seed (loads with plain Transformers), `results.json`,
@@ -26,8 +26,12 @@ class ImageClassificationArguments(hfdistill.ImageDataArguments):
 ARGUMENTS = (ImageClassificationArguments, "DistillationTrainingArguments")
 
 
-def main(recipe, args):
-    """Runs the recipe and returns the contents of `results.json`."""
+def main(recipe, args, instead=None):
+    """Runs the recipe and returns the contents of `results.json`.
+
+    `instead(run, *parts)`, where it is given, takes the place of training the students, and its value is returned; `parts` are what
+    `Run.finish_students` takes up to the metric.
+    """
     from datasets import concatenate_datasets
 
     begin(recipe, args)
@@ -81,7 +85,10 @@ def main(recipe, args):
     others = hfdistill.label_comparisons(data.labelled, data.transfer, data.teacher_train, images) if recipe.baselines else {}
     datasets = {"train": mixed, "labelled": data.labelled, "transfer": data.transfer, "teacher_train": data.teacher_train}
     title = f"{len(data.labelled)} labelled and {len(data.transfer)} unlabelled images"
-    arms = run.finish_students(recipe, pair.student, trainer_for, datasets, {"teacher": pair.teacher}, "accuracy", title, others)
+    parts = (recipe, pair.student, trainer_for, datasets, {"teacher": pair.teacher}, "accuracy")
+    if instead is not None:
+        return instead(run, *parts)
+    arms = run.finish_students(*parts, title, others)
 
     # ---- What came out ----
     baselines = {}

@@ -11,7 +11,6 @@ writes `ablation.json`, a table and a picture to the output folder of the ablati
 command again goes on where it was stopped.
 """
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -23,10 +22,7 @@ def main(command_line):
     if len(command_line) < 2 or command_line[0] != "--ablation":
         raise SystemExit(__doc__)
     ablation = hfdistill.load_ablation(command_line[1])
-    path = Path(__file__).parents[1] / "recipes" / f"{ablation['recipe']}.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    recipe = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
+    recipe = hfdistill.load_recipe(Path(__file__).parents[1] / "recipes" / f"{ablation['recipe']}.py")
     arguments = parse(recipe.ARGUMENTS, ["--config", ablation["config"], *command_line[2:]])
     return hfdistill.run_ablation(recipe.main, *arguments, ablation, " ".join(["accelerate launch scripts/ablate.py", *command_line]))
 

@@ -171,10 +171,10 @@ class ImageCollator:
         if self.num_labels is not None:
             wrong |= labels >= self.num_labels
         if wrong.any():
-            count = "" if self.num_labels is None else f" of the {self.num_labels}"
+            count = "no class" if self.num_labels is None else f"none of the {self.num_labels} classes"
             raise ValueError(
-                f"The label {int(labels[wrong][0])} is none{count} classes: they are counted from 0, and -100 is a missing label. Correct "
-                "the column, or num_labels."
+                f"The label {int(labels[wrong][0])} is {count}: they are counted from 0, and -100 is a missing label. Correct the column, "
+                "or num_labels."
             )
         return labels
 

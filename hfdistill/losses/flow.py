@@ -50,7 +50,7 @@ class FSPLoss(DistillationLoss):
         if student != teacher:
             raise ValueError(
                 f"student has {student} channels and teacher {teacher} at a mapped layer: their flows are matrices of different sizes. "
-                "Map layers of equal channels, or use a loss that takes any, such as attention_transfer or neuron_selectivity."
+                "Map layers of equal channels, or use a loss that takes any, such as attention_transfer or nst."
             )
 
     def compute(self, student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None) -> LossValue:

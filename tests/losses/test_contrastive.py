@@ -457,6 +457,17 @@ def test_info_nce_at_chance_and_at_best():
     assert queue(same, same).mean.item() == pytest.approx((math.log(5) + math.log(11)) / 2, rel=1e-6)
 
 
+def test_a_zero_vector_is_as_near_to_all():
+    student, teacher, _ = draw(InfoNCELoss(), teacher=6)
+    assert InfoNCELoss(projection=None)(0 * student, teacher).mean.item() == pytest.approx(math.log(7), rel=1e-12)
+    loss = CRDLoss(dim=6, negatives=3, examples=12)
+    loss.prepare((2, 6), (2, 6))
+    torch.nn.init.zeros_(loss.student_embedding.bias)
+    before = loss.memory_v1.clone()
+    loss(torch.zeros(1, 6), torch.randn(1, 6), example_ids=torch.tensor([3]))
+    torch.testing.assert_close(loss.memory_v1[3], before[3] / before[3].norm())  # its example keeps its direction
+
+
 def test_temperature_of_the_step_wins_for_that_step_only():
     student, teacher, _ = draw(InfoNCELoss())
     loss = InfoNCELoss(projection=None)

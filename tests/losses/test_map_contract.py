@@ -31,14 +31,14 @@ MAP_CASES = {
     "attention_transfer": (AttentionTransferLoss, ONE, WIDER, ()),
     "attention_transfer power": (lambda: AttentionTransferLoss(4), ONE, WIDER, ()),
     "attention_transfer paper": (lambda: AttentionTransferLoss(form="paper"), ONE, WIDER, ()),
-    "neuron_selectivity": (NSTLoss, ONE, WIDER, ()),
-    "neuron_selectivity many channels": (NSTLoss, ONE, MANY, ()),
+    "nst": (NSTLoss, ONE, WIDER, ()),
+    "nst many channels": (NSTLoss, ONE, MANY, ()),
     "factor_transfer": (FactorTransferLoss, ONE, WIDER, ()),
     "factor_transfer squared": (lambda: FactorTransferLoss(3, norm=2), ONE, WIDER, ()),
-    "flow": (FSPLoss, LAYERS, LARGER_LAYERS, ()),
+    "fsp": (FSPLoss, LAYERS, LARGER_LAYERS, ()),
     "vid": (VIDLoss, ONE, WIDER, ("own target", "signed")),
-    "hierarchical_context": (HCLLoss, ONE, ONE, ()),
-    "hierarchical_context small": (HCLLoss, (3, 2, 4), (3, 2, 4), ()),
+    "hcl": (HCLLoss, ONE, ONE, ()),
+    "hcl small": (HCLLoss, (3, 2, 4), (3, 2, 4), ()),
     "review": (ReviewLoss, LAYERS, TEACHER_LAYERS, ("own target", "coupled")),
     "review evaluation": (lambda: ReviewLoss().eval(), LAYERS, TEACHER_LAYERS, ("own target",)),
     "review one layer": (ReviewLoss, LAYERS[:1], TEACHER_LAYERS[:1], ("own target", "coupled")),
@@ -214,7 +214,9 @@ def test_masked_samples_change_nothing(case, content, dtype):
 def test_nothing_left_by_the_mask_gives_zero_with_a_graph(case):
     student, teacher = case.draw()
     student[0].data[0], teacher[0][1] = float("nan"), float("inf")
+    buffers = copy.deepcopy(dict(case.loss.named_buffers()))
     value, gradients, own = case.backward(student, teacher, torch.zeros(BATCH, dtype=torch.bool))
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in case.loss.named_buffers())  # no running mean of nothing
     assert value.total == 0 and value.count == 0 and value.mean == 0 and value.mean.requires_grad
     assert all((gradient == 0).all() for gradient in (*gradients, *own))
 

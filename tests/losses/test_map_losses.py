@@ -589,7 +589,7 @@ def test_flow_needs_two_layers_of_equal_channels():
         FSPLoss()([zeros(2, 3, 4, 4)], [zeros(2, 3, 4, 4)])
     message = (
         "student has 4 channels and teacher 5 at a mapped layer: their flows are matrices of different sizes. "
-        "Map layers of equal channels, or use a loss that takes any, such as attention_transfer or neuron_selectivity."
+        "Map layers of equal channels, or use a loss that takes any, such as attention_transfer or nst."
     )
     with raises(message):
         FSPLoss().prepare([(1, 3, 4, 4), (1, 4, 4, 4)], [(1, 3, 4, 4), (1, 5, 4, 4)])

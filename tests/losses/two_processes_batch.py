@@ -23,8 +23,7 @@ def main(folder: Path, rank: int) -> None:
             value, gradients = backward(loss, student, teacher)
             results[f"{name} {split}"] = result = {"total": value.total.detach(), "count": value.count, "gradients": gradients}
             if list(loss.parameters()):
-                call(loss, student, teacher).total.backward()
-                result["parameters"] = [parameter.grad for parameter in loss.parameters()]
+                result["parameters"] = list(torch.autograd.grad(call(loss, student, teacher).total, list(loss.parameters())))
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 

@@ -1,0 +1,162 @@
+"""Pictures of many trainings: methods beside each other, and a metric against what a sweep has changed."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .plots import COLOURS
+
+
+_OWN, _OTHER = "#0072B2", "#56B4E9"
+_LINES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6D31", "#7F7F7F")
+_MARKERS = "osD^v<>P"
+
+
+def plot_methods(outcome: Mapping[str, Any], path: str | os.PathLike) -> Path | None:
+    """One PNG of a comparison of methods: the metric of each with its spread, from the best down, and the time of its step.
+
+    Dashed lines are the teacher and the student alone. The second panel is left out where no step was measured.
+
+    Args:
+        outcome (`dict`): as [`compare_methods`](hfdistill.method_comparison.compare_methods) returns it.
+        path (`str`): of the PNG.
+
+    Returns:
+        `Path` or `None`: `None` where matplotlib is not installed; a line says so.
+    """
+    entries = sorted(outcome["methods"].items(), key=lambda item: -item[1]["value"]["mean"])
+    timed = [entry["step_time"] for _, entry in entries if entry["step_time"] is not None]
+    figure = _figure(9.5 if timed else 6.8, 0.3 * len(entries) + 1.7)
+    if figure is None:
+        return None
+    axes = figure.subplots(1, 2, sharey=True, width_ratios=(2.2, 1)) if timed else [figure.subplots()]
+    rows, values = range(len(entries)), [entry["value"] for _, entry in entries]
+    colours = [_OWN if name == outcome["reference"] else _OTHER for name, _ in entries]
+    axis = axes[0]
+    for row, value, colour in zip(rows, values, colours):
+        axis.errorbar(value["mean"], row, xerr=value["std"] or None, fmt="o", color=colour, markersize=7, capsize=3, zorder=3)
+        axis.plot(value["values"], [row] * len(value["values"]), ".", color="#333333", markersize=4, alpha=0.7, zorder=4)
+    references = {"teacher": outcome["teacher"], "student_alone": outcome["alone"] and outcome["alone"]["value"]["mean"]}
+    for (key, value), label in zip(references.items(), ("teacher", "student alone")):
+        if value is not None:
+            axis.axvline(value, color=COLOURS[key], linestyle="--", linewidth=1.2, zorder=1, label=f"{label}  {value:.3f}")
+    axis.set_yticks(list(rows), [f"{name}  {value['mean']:.3f}" for (name, _), value in zip(entries, values)])
+    axis.set_ylim(len(entries) - 0.4, -0.6)
+    metric, seeds = outcome["metric"].replace("_", " "), len(outcome["seeds"])
+    axis.set_xlabel(f"{metric} (mean ± sd of {seeds} seeds; dots: seeds)" if seeds > 1 else metric)
+    _tidy(axis)
+    if timed:
+        for row, (_, entry), colour in zip(rows, entries, colours):
+            if entry["step_time"] is not None:
+                axes[1].barh(row, entry["step_time"], color=colour, height=0.6, zorder=2)
+                axes[1].annotate(
+                    f"{entry['step_time']:.2f}", (entry["step_time"], row), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8
+                )
+        axes[1].axvline(1.0, color=COLOURS["student_alone"], linestyle="--", linewidth=1.2, zorder=3)
+        axes[1].set_xlim(0, 1.18 * max(timed))
+        axes[1].set_xlabel("time of a step (student alone = 1)")
+        axes[1].tick_params(axis="y", length=0)
+        _tidy(axes[1])
+    figure.legend(loc="outside upper right", frameon=False, ncols=2, fontsize=9)
+    return _save(figure, path)
+
+
+def plot_sweep(outcome: Mapping[str, Any], path: str | os.PathLike) -> Path | None:
+    """One PNG of a sweep: the metric against the setting that comes first (temperature, where it was swept).
+
+    A grid has one line for each combination of the other settings, with the standard deviation over seeds; single trials of a
+    sampler are points.
+
+    Args:
+        outcome (`dict`): as [`run_sweep`](hfdistill.sweep.run_sweep) returns it.
+        path (`str`): of the PNG.
+
+    Returns:
+        `Path` or `None`: `None` where matplotlib is not installed (a line says so), and where nothing that was swept is a number.
+    """
+    points = outcome["points"]
+    names = sorted((name for name in outcome["space"] if _numeric(points, name)), key=lambda name: name != "temperature")
+    figure = _figure(7.0, 4.4) if names else None
+    if figure is None:
+        return None
+    axis, (name, *_) = figure.subplots(), names
+    lines: dict[str, list[Mapping]] = {}
+    for point in points:
+        others = {key: value for key, value in point["settings"].items() if key != name}
+        label = ", ".join(f"{_words(key)} {_short(value)}" for key, value in others.items()) if outcome["kind"] == "grid" else "trials"
+        lines.setdefault(label, []).append(point)
+    # Lines side by side, or the spread of one would hide that of another.
+    positive = min(point["settings"][name] for point in points) > 0
+    wide = positive and max(point["settings"][name] for point in points) >= 4 * min(point["settings"][name] for point in points)
+    for number, ((label, own), colour) in enumerate(zip(lines.items(), itertools.cycle(_LINES))):
+        own = sorted(own, key=lambda point: point["settings"][name])
+        shift = (number - (len(lines) - 1) / 2) * 0.015
+        xs = [point["settings"][name] for point in own]
+        span = max(point["settings"][name] for point in points) - min(point["settings"][name] for point in points)
+        xs = [x * 2**shift for x in xs] if wide else [x + shift * span for x in xs]
+        ys, spread = [point["value"]["mean"] for point in own], [point["value"]["std"] for point in own]
+        style = f"{_MARKERS[number % len(_MARKERS)]}{'-' if outcome['kind'] == 'grid' else ''}"
+        bars = spread if any(spread) else None
+        axis.errorbar(xs, ys, yerr=bars, fmt=style, color=colour, markersize=6, capsize=3, linewidth=1.5, label=label, zorder=3)
+    for key, value in (("teacher", outcome["teacher"]),):
+        if value is not None and outcome["show_teacher"]:
+            axis.axhline(value, color=COLOURS[key], linestyle="--", linewidth=1.2, label=f"teacher  {value:.3f}")
+    if wide:
+        ticks = sorted({point["settings"][name] for point in points})
+        axis.set_xscale("log", base=2)
+        if len(ticks) <= 12:
+            axis.set_xticks(ticks, [_short(tick) for tick in ticks])
+            axis.minorticks_off()
+    elif outcome["kind"] == "grid":
+        axis.set_xticks(sorted({point["settings"][name] for point in points}))
+    seeds, metric = outcome["seeds"], outcome["metric"].replace("_", " ")
+    spread = f" (mean ± sd of {len(seeds)} seeds)" if outcome["kind"] == "grid" and len(seeds) > 1 else ""
+    axis.set_xlabel(_words(name))
+    axis.set_ylabel(f"{metric} on validation data{spread}")
+    _tidy(axis)
+    if len(lines) > 1 or outcome["show_teacher"]:
+        figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    return _save(figure, path)
+
+
+def _numeric(points, name: str) -> bool:
+    values = [point["settings"][name] for point in points]
+    return bool(values) and all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _figure(width: float, height: float):
+    """A figure of its own with its own canvas, which leaves the user's pyplot alone; `None` without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("No picture: matplotlib is not installed. Get it with: pip install 'hfdistill[plots]'")
+        return None
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _tidy(axis) -> None:
+    axis.grid(True, alpha=0.25, linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure, path: str | os.PathLike) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
+    return path
