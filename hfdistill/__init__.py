@@ -67,6 +67,7 @@ _NAMES = {
         "TaskSquaredErrorLoss",
         "VIDLoss",
     ),
+    "citations": ("citations_for",),
     "losses.base": ("DistillationLoss", "LossValue"),
     "losses.batch": ("BatchLoss",),
     "signals": ("Signals",),
@@ -94,7 +95,7 @@ _NAMES = {
     "data.windows": ("encode_spans",),
     "data.digits": ("load_digits_splits",),
     "data.image_augmentation": ("ImageAugmentation",),
-    "data.image_collator": ("ImageCollator",),
+    "data.image_collator": ("ImageCollator", "preparation_difference"),
     "data.images": ("ImageData", "load_image_data"),
     "data.tokenizer": ("train_wordpiece",),
     "data.vocabulary": ("prune_tokenizer",),
@@ -162,6 +163,7 @@ if TYPE_CHECKING:
     from .benchmark import measure_model as measure_model
     from .binding import build_objective as build_objective
     from .capture import Capture as Capture
+    from .citations import citations_for as citations_for
     from .cli import parse as parse
     from .comparison import compare_arms as compare_arms
     from .comparison import refuse_weak_teacher as refuse_weak_teacher
@@ -179,6 +181,7 @@ if TYPE_CHECKING:
     from .data.digits import load_digits_splits as load_digits_splits
     from .data.image_augmentation import ImageAugmentation as ImageAugmentation
     from .data.image_collator import ImageCollator as ImageCollator
+    from .data.image_collator import preparation_difference as preparation_difference
     from .data.images import ImageData as ImageData
     from .data.images import load_image_data as load_image_data
     from .data.masking import CausalCollator as CausalCollator

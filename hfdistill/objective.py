@@ -289,9 +289,11 @@ class Objective(nn.Module):
     ) -> tuple[Tensor, Tensor, int]:
         """`(sum, count, samples)` of the task loss on hard labels; causal logits and labels are shifted here, padding leaves spans.
 
-        A DeiT learns labels with the head of its class token alone; `inference` measures the mean of both heads.
+        A DeiT with two heads learns labels with the head of its class token alone where a term teaches the other head, else with the
+        mean of both, which is its answer and what `inference` measures.
         """
-        logits = student.logits if student.cls_logits is None or inference else student.cls_logits
+        taught = any(term.signal == "logits" and not term.term.is_task for term in self.terms.values())
+        logits = student.cls_logits if student.cls_logits is not None and taught and not inference else student.logits
         if labels is None:
             raise ValueError(
                 "The objective has a task term, but the batch has no labels. Add a 'labels' column (-100 where a label is missing), "

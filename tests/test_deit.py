@@ -29,11 +29,19 @@ def heads(gradients: dict) -> set[str]:
 
 
 def test_each_term_reaches_its_own_head(tmp_path):
-    _, gradients = setup(tmp_path, [Term("task")])
+    later = {"type": "step", "start": 0.0, "end": 1.0, "over": [0.9, 1.0]}  # there, and not yet of weight
+    _, gradients = setup(tmp_path, [Term("task"), Term("soft_targets", weight=later)])
     assert heads(gradients[0]) == {"cls_classifier"}
     for loss in ("hard_targets", "soft_targets"):
         _, gradients = setup(tmp_path, [Term(loss)])
         assert heads(gradients[0]) == {"distillation_classifier"}
+
+
+def test_without_a_teacher_labels_train_what_answers(tmp_path):
+    """The mean of both heads is the answer: an untrained head in it would make the student alone look worse than it is."""
+    trainer, gradients = run(student(), None, Rows(vision.batch(32, rows=8)), arguments(tmp_path), objective=[Term("task")])
+    assert heads(gradients[0]) == {"cls_classifier", "distillation_classifier"}
+    assert trainer.predict(Rows(vision.batch(32, rows=8))).predictions.shape == (8, 3)
 
 
 @pytest.mark.parametrize("loss", ["hard_targets", "soft_targets"])

@@ -289,7 +289,7 @@ def test_accumulation_does_not_change_the_gradient(kind, tmp_path):
 def test_two_processes_give_the_gradient_of_one(tmp_path):
     worker = Path(__file__).with_name("two_processes_peft.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{worker.parent}{os.pathsep}{worker.parent.parent}"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617", str(worker), str(tmp_path)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(worker), str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, done.stderr[-3000:]
     for kind in TEACHERS:

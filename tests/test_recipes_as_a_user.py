@@ -44,6 +44,10 @@ RECIPES = {
         "stdlib_modernbert_kd", "AutoModelForQuestionAnswering", {"teacher_config": {**TEACHER, **MODERNBERT}}, None,
     ),
     "sentence_embedding": ("stdlib_bert_mse", "AutoModel", {}, None),
+    # A ViT: two processes have other statistics of batch norm than one.
+    "image_classification": (
+        "digits_vit_kd", "AutoModelForImageClassification", {"teacher_config": {**TEACHER, "model_type": "vit", "patch_size": 4}}, None,
+    ),
 }  # fmt: skip
 
 
@@ -58,8 +62,8 @@ def small(name: str, folder: Path, rows: int = 8, dropout: float = 0.0, **change
         "cpu_threads": 1, "vocab_size": 1000, "disable_tqdm": True, **own, **changes,
     }  # fmt: skip
     for models in ("teacher_config", "student_config"):
-        bert = "model_type" not in (settings["teacher_config"] or {})
-        if settings[models] is not None and bert:
+        dropout_entries = (settings["teacher_config"] or {}).get("model_type", "bert") in ("bert", "vit")
+        if settings[models] is not None and dropout_entries:
             settings[models] = {**settings[models], "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": 0.0}
     for stage in settings.get("stages") or []:
         stage["max_steps"] = STEPS
@@ -144,6 +148,11 @@ def test_two_processes_train_the_student_of_one(name, tmp_path):
     assert [table["num_processes"] for table in tables] == [1, 2]
 
 
+TEXT = 'inputs = transformers.AutoTokenizer.from_pretrained(FOLDER)("Return the number of items.", return_tensors="pt")'
+IMAGE = """from PIL import Image
+inputs = transformers.AutoImageProcessor.from_pretrained(FOLDER)(Image.new("RGB", (8, 8)), return_tensors="pt")"""
+
+
 def loads_in_plain_transformers(folder: Path, auto_class: str) -> None:
     code = f"""
 import sys
@@ -151,10 +160,10 @@ sys.modules["hfdistill"] = sys.modules["peft"] = None
 import transformers
 model, report = transformers.{auto_class}.from_pretrained({str(folder)!r}, output_loading_info=True)
 assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
-tokenizer = transformers.AutoTokenizer.from_pretrained({str(folder)!r})
-output = model(**tokenizer("Return the number of items.", return_tensors="pt"))
-print("LOADED", len(output))
+{IMAGE if "Image" in auto_class else TEXT}
+print("LOADED", len(model(**inputs)))
 """
+    code = code.replace("FOLDER", repr(str(folder)))
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env={**os.environ, "HF_HUB_OFFLINE": "1"}
     )
