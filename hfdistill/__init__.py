@@ -133,6 +133,7 @@ _NAMES = {
     "stage_training": ("StageRecord", "train_stages"),
     "ablation": ("load_ablation", "load_recipe", "run_ablation"),
     "method_comparison": ("Method", "compare_methods", "load_methods", "memory_in_a_process", "memory_of"),
+    "sweep": ("DEFAULT_SWEEP", "read_space", "run_sweep"),
     "costs": ("peak_memory", "step_costs"),
     "runs": ("Arm", "Comparison", "Run", "label_comparisons", "open_run", "run_fingerprint"),
     "comparison": ("compare_arms", "refuse_weak_teacher"),
@@ -326,6 +327,9 @@ if TYPE_CHECKING:
     from .stage_training import StageRecord as StageRecord
     from .stage_training import train_stages as train_stages
     from .stages import Stage as Stage
+    from .sweep import DEFAULT_SWEEP as DEFAULT_SWEEP
+    from .sweep import read_space as read_space
+    from .sweep import run_sweep as run_sweep
     from .teachers import AdaptersOffTeacher as AdaptersOffTeacher
     from .teachers import CallableTeacher as CallableTeacher
     from .teachers import FrozenTeacher as FrozenTeacher

@@ -22,7 +22,7 @@ from .models.layer_map import Pairs, resolve_layer_map
 from .models.similarity import similar_layer_map
 from .objective import BoundTerm, Objective
 from .schedules import resolve_schedule
-from .signals import ATTENTION_SIGNALS, LAYERED_SIGNALS, Signals
+from .signals import ATTENTION_SIGNALS, LAYERED_SIGNALS, STAGE_SIGNALS, Signals
 from .terms import PAIRS, TASK, Term
 
 
@@ -168,7 +168,7 @@ def _strategy(term: Term, args):
 
 def _depth_kind(term: Term) -> str:
     """Whether the layers of a term are stages (`features`) or transformer blocks (`hidden_states`)."""
-    return "features" if term.loss_signal == "features" else "hidden_states"
+    return "features" if term.loss_signal in STAGE_SIGNALS else "hidden_states"
 
 
 def _depths(kind: str, student: Capture, teacher: Capture, example: Mapping) -> tuple[int, int]:
@@ -242,7 +242,7 @@ def _add_adapters(term: BoundTerm, args, student: Signals, teacher: Signals | No
     maps = term.signal == "features"
     for pair in _example_pair(term):
         s, t = term.tensors(pair, student, teacher)
-        if not maps and term.signal != "pooled" and not s.dim() == t.dim() == 3:
+        if not maps and term.signal not in ("pooled", "pooled_features") and not s.dim() == t.dim() == 3:
             raise ValueError(
                 f"The term {term.name!r} compares token vectors (batch, length, width), but the student's {term.signal} have shape "
                 f"{tuple(s.shape)} and the teacher's {tuple(t.shape)}. For the maps of convolutional networks use signal 'features'."
@@ -284,7 +284,7 @@ def _prepare_losses(term: BoundTerm, student: Signals, teacher: Signals | None, 
         shapes = []
         for index, pair in enumerate(_example_pair(term)):
             s, t = term.tensors(pair, student, teacher)
-            mask = None if term.signal in ("features", "pooled", "logits") else token_mask(student, teacher, tuple(s.shape[:2]), s.device)
+            mask = None if term.signal in (*STAGE_SIGNALS, "pooled", "logits") else token_mask(student, teacher, tuple(s.shape[:2]), s.device)
             s, t, _ = (s, t, None) if term.signal == "logits" else term.bring(index, s, t, mask)
             shapes.append((tuple(s.shape), tuple(t.shape)))
         term.adapters.train(adapters)

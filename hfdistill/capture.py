@@ -395,6 +395,7 @@ def plan_for(pairs: Iterable[tuple[str, Iterable[int]]]) -> CapturePlan:
     """The union of `(signal, blocks)` needs."""
     plan = CapturePlan(logits=False)
     for signal, blocks in pairs:
+        signal = "features" if signal == "pooled_features" else signal
         value = frozenset(blocks) if signal in LAYERED_SIGNALS else True
         plan = plan.union(CapturePlan(**{"logits": False, signal: value}))
     return plan

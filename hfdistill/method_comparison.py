@@ -190,7 +190,9 @@ def compare_methods(
         (root / "comparison.json").write_text(json.dumps(outcome, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         rows = comparison_rows(outcome)
         (root / "comparison.md").write_text(results_table(rows) + "\n", encoding="utf-8")
-        print_table([{k: v for k, v in row.items() if k != "terms"} for row in rows], title=f"{outcome['task']}: methods")
+        print_table([{k: v for k, v in row.items() if k != "terms"} for row in rows[: len(rows) - len(refused)]], title=f"{outcome['task']}: methods")
+        for name, reason in refused.items():
+            print(f"{name} is not possible: {reason}")
         plot_methods(outcome, root / "comparison.png")
     return outcome
 

@@ -40,7 +40,8 @@ def plot_methods(outcome: Mapping[str, Any], path: str | os.PathLike) -> Path | 
     axis = axes[0]
     for row, value, colour in zip(rows, values, colours):
         axis.errorbar(value["mean"], row, xerr=value["std"] or None, fmt="o", color=colour, markersize=7, capsize=3, zorder=3)
-        axis.plot(value["values"], [row] * len(value["values"]), ".", color="#333333", markersize=4, alpha=0.7, zorder=4)
+        if len(value["values"]) > 1:
+            axis.plot(value["values"], [row] * len(value["values"]), ".", color="#333333", markersize=4, alpha=0.7, zorder=4)
     references = {"teacher": outcome["teacher"], "student_alone": outcome["alone"] and outcome["alone"]["value"]["mean"]}
     for (key, value), label in zip(references.items(), ("teacher", "student alone")):
         if value is not None:
@@ -80,7 +81,7 @@ def plot_sweep(outcome: Mapping[str, Any], path: str | os.PathLike) -> Path | No
         `Path` or `None`: `None` where matplotlib is not installed (a line says so), and where nothing that was swept is a number.
     """
     points = outcome["points"]
-    names = sorted((name for name in outcome["space"] if _numeric(points, name)), key=lambda name: name != "temperature")
+    names = sorted((name for name in outcome["space"] if _numeric(points, name)), key=lambda name: name.split(".")[-1] != "temperature")
     figure = _figure(7.0, 4.4) if names else None
     if figure is None:
         return None
@@ -103,9 +104,6 @@ def plot_sweep(outcome: Mapping[str, Any], path: str | os.PathLike) -> Path | No
         style = f"{_MARKERS[number % len(_MARKERS)]}{'-' if outcome['kind'] == 'grid' else ''}"
         bars = spread if any(spread) else None
         axis.errorbar(xs, ys, yerr=bars, fmt=style, color=colour, markersize=6, capsize=3, linewidth=1.5, label=label, zorder=3)
-    for key, value in (("teacher", outcome["teacher"]),):
-        if value is not None and outcome["show_teacher"]:
-            axis.axhline(value, color=COLOURS[key], linestyle="--", linewidth=1.2, label=f"teacher  {value:.3f}")
     if wide:
         ticks = sorted({point["settings"][name] for point in points})
         axis.set_xscale("log", base=2)
@@ -119,7 +117,7 @@ def plot_sweep(outcome: Mapping[str, Any], path: str | os.PathLike) -> Path | No
     axis.set_xlabel(_words(name))
     axis.set_ylabel(f"{metric} on validation data{spread}")
     _tidy(axis)
-    if len(lines) > 1 or outcome["show_teacher"]:
+    if len(lines) > 1:
         figure.legend(loc="outside right upper", frameon=False, fontsize=9)
     return _save(figure, path)
 

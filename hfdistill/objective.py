@@ -16,7 +16,7 @@ from .models.adapters import SharedAdapter
 from .models.layer_map import Pairs, resolve_layer_map
 from .pooling import pool_tokens
 from .schedules import Schedule
-from .signals import LAYERED_SIGNALS, Signals
+from .signals import LAYERED_SIGNALS, STAGE_SIGNALS, Signals
 from .terms import PAIRS, Term
 
 
@@ -69,8 +69,10 @@ class BoundTerm(nn.Module):
 
     def tensors(self, pair: tuple | None, student: Signals, teacher: Signals) -> tuple[Tensor, Tensor]:
         """What the two models have at `pair`."""
-        s, t = getattr(student, self.signal), getattr(teacher, self.signal)
-        return (s, t) if pair is None else (s[pair[0]], t[pair[1]])
+        name = "features" if self.signal in STAGE_SIGNALS else self.signal
+        s, t = getattr(student, name), getattr(teacher, name)
+        s, t = (s, t) if pair is None else (s[pair[0]], t[pair[1]])
+        return (_full(s).mean((2, 3)), _full(t).mean((2, 3))) if self.signal == "pooled_features" else (s, t)
 
     def bring(self, index: int, s: Tensor, t: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Both sides of pair `index` in the layout of the loss, the student's through its adapter; `mask` is that of the tokens."""
@@ -168,7 +170,7 @@ class Objective(nn.Module):
             if self.positions in ("labelled", "marked"):
                 return Unit("labels" if self.positions == "labelled" else "marked")
             return Unit("next_tokens" if self.task == "causal_lm" else "tokens")
-        if term.signal == "pooled":
+        if term.signal in ("pooled", "pooled_features"):
             return Unit("samples")
         if term.loss.unit == "pairs":
             return term.units[pair]
@@ -253,7 +255,7 @@ class Objective(nn.Module):
     @staticmethod
     def _mask(term: BoundTerm, pair, student: Signals, teacher: Signals) -> Tensor | None:
         """bool `(batch, length)` of the tokens that are real for both models; `None` for maps and vectors."""
-        if term.signal in ("features", "pooled"):
+        if term.signal in (*STAGE_SIGNALS, "pooled"):
             return None
         s, _ = term.tensors(pair, student, teacher)
         return token_mask(student, teacher, tuple(s.shape[:2]), s.device)

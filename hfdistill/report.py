@@ -22,6 +22,8 @@ BASELINE_NAMES = {
     "kd_alone": "soft targets alone: no earlier stage",
     "tfidf_logreg": "TF-IDF + logistic regression, student's labels",
     "tfidf_logreg_teacher_labels": "TF-IDF + logistic regression, teacher's labels",
+    "pixel_logreg": "logistic regression on pixels, student's labels",
+    "pixel_logreg_teacher_labels": "logistic regression on pixels, teacher's labels",
     "window_logreg": "logistic regression on neighbouring words, student's labels",
     "window_logreg_teacher_labels": "logistic regression on neighbouring words, teacher's labels",
     "majority": "majority class of the held-out part",

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 
-SIGNALS = ("logits", "hidden_states", "features", "embeddings", "attention_scores", "queries", "keys", "values", "pooled")
+SIGNALS = ("logits", "hidden_states", "features", "pooled_features", "embeddings", "attention_scores", "queries", "keys", "values", "pooled")
 ATTENTION_SIGNALS = ("attention_scores", "queries", "keys", "values")
 BLOCK_SIGNALS = ("hidden_states", *ATTENTION_SIGNALS)
 """Signals of transformer blocks."""
-LAYERED_SIGNALS = (*BLOCK_SIGNALS, "features")
-"""Signals with a layer map: of blocks, or of stages (`features`)."""
+STAGE_SIGNALS = ("features", "pooled_features")
+"""Signals of the stages of image models: their maps, and the means of these over space."""
+LAYERED_SIGNALS = (*BLOCK_SIGNALS, *STAGE_SIGNALS)
+"""Signals with a layer map: of blocks, or of stages."""
 
 
 @dataclass
@@ -29,7 +31,7 @@ class Signals:
         logits: `(batch, classes)`, `(batch, length, classes)`, or `(batch, 2, length)` for spans: start and end, by position.
         hidden_states: block -> `(batch, length, width)`, the output of that block.
         features: stage, or name of a module, -> `(batch, channels, height, width)`, its output. Patch tokens are laid out on their
-            grid, without class, distillation and register tokens.
+            grid, without class, distillation and register tokens. The signal `pooled_features` is their mean over space.
         embeddings: `(batch, length, width)`, the input of block 0.
         attention_scores: block -> `(batch, heads, queries, keys)`, scaled `q·k` before mask, softmax and dropout.
         attention_allowed: block -> bool `(batch, 1, queries, keys)`, True where the query is a real token and

@@ -35,7 +35,7 @@ class Term:
         name (`str`, *optional*): under which it is logged. Default: the name of the loss.
         layer_map: for losses on layers, as in `resolve_layer_map`. Default: the `layer_map` of the arguments.
         signal (`str`, *optional*): what is compared, where a loss fits several: `hidden_states`, `features` (maps of image models,
-            by stage), `embeddings`, `pooled`, `queries`, `keys`, `values`.
+            by stage), `pooled_features` (their means over space), `embeddings`, `pooled`, `queries`, `keys`, `values`.
         adapter (`str` or `nn.Module`, *optional*): projection of the student. Default: the `adapter` of the arguments.
         layer_reduction (`str`, *optional*): `mean` or `sum` over mapped pairs. Default: that of the arguments.
         options (`dict`): arguments of the loss, such as `temperature` (which may be a schedule).

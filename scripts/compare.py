@@ -22,6 +22,7 @@ from hfdistill.cli import parse
 
 
 ROOT = Path(__file__).parents[1]
+CONFIG = "recipes/configs/image_classification/digits_resnet_kd.yaml"
 
 
 def main(command_line):
@@ -32,7 +33,7 @@ def main(command_line):
         allow_abbrev=False,
     )
     parser.add_argument("--methods", default="all", help="Names in the file of methods, separated by commas (default: all).")
-    parser.add_argument("--config", default="recipes/configs/image_classification/digits_resnet_kd.yaml", help="YAML of a recipe (default: %(default)s).")
+    parser.add_argument("--config", default=CONFIG, help="YAML of a recipe (default: %(default)s).")
     parser.add_argument("--methods_file", help="YAML of methods (default: recipes/methods/<recipe>.yaml).")
     parser.add_argument("--with_kd", default="false", choices=["true", "false"], help="Add the config's soft targets to each method.")
     parser.add_argument("--memory", default="true", choices=["true", "false"], help="Measure memory too, in a process for each method.")

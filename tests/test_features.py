@@ -305,3 +305,101 @@ def test_cutting_the_batch_does_not_change_the_gradient_of_maps(accumulation, tm
         _, gradients = run(student, teacher, Rows(vision.batch(32, rows=8)), args, objective=terms)
         flat.append(torch.cat([gradients[0][name].flatten() for name in sorted(gradients[0])]))
     torch.testing.assert_close(flat[1], flat[0], rtol=1e-4, atol=1e-6)
+
+
+def test_pooled_features_are_the_means_over_space(tmp_path):
+    """Hidden MSE between the means of stage 1 and of a module by name; widths are brought together by a linear map."""
+    student, teacher, batch = vision.build("resnet", seed=1), vision.build("resnet", 2, seed=2), vision.batch(64, rows=4)
+    term = Term("hidden_mse", signal="pooled_features", layer_map={1: "encoder.stages.2"})
+    trainer = DistillationTrainer(student, arguments(tmp_path), teacher=teacher, train_dataset=Rows(batch), objective=[term])
+    adapter = trainer.objective.terms["hidden_mse"].adapters[0]
+    assert isinstance(adapter, nn.Linear) and (adapter.in_features, adapter.out_features) == (16, 48)
+    student.eval()
+    with torch.no_grad():
+        s = student(pixel_values=batch["pixel_values"], output_hidden_states=True).hidden_states[2].mean((2, 3))
+        t = teacher(pixel_values=batch["pixel_values"], output_hidden_states=True).hidden_states[3].mean((2, 3))
+        expected = (s @ adapter.weight.T + adapter.bias - t).square().mean()
+    plans = trainer.objective.plans(trainer.objective.pairs_at(0), 0.0)
+    signals = [capture(batch, plan) for capture, plan in zip((trainer.student, trainer.teacher.capture), plans)]
+    (part,) = trainer.objective(*signals, None, 0.0, trainer.objective.pairs_at(0))
+    assert part.value.item() == pytest.approx(expected.item(), rel=1e-6) and part.counts.item() == 4
+
+
+def test_relations_of_tokens_are_between_the_means_of_real_tokens(tmp_path):
+    """A loss on samples reads hidden states as one vector a text; padding changes nothing."""
+    import families
+
+    student, teacher, batch = families.build("bert", 2, seed=1), families.build("bert", 4, seed=2), families.batch("bert", rows=4)
+    term = Term("rkd_distance", signal="hidden_states", layer_map="-1:-1")
+    trainer = DistillationTrainer(
+        student, arguments(tmp_path), teacher=teacher, train_dataset=Rows(batch), data_collator=pad, objective=[term]
+    )
+    means = []
+    for model, block in ((student, 1), (teacher, 3)):
+        model.eval()
+        with torch.no_grad():
+            states = model(batch["input_ids"], batch["attention_mask"], output_hidden_states=True).hidden_states[block + 1]
+        means.append([row[mask.bool()].mean(0) for row, mask in zip(states, batch["attention_mask"])])
+    tables = []
+    for own in means:
+        table = torch.stack([torch.stack([(a - b).square().sum().sqrt() for b in own]) for a in own])
+        tables.append(table / table[table > 0].mean())
+    difference = (tables[0] - tables[1]).abs()
+    expected = torch.where(difference < 1, difference.square() / 2, difference - 0.5).mean()
+    plans = trainer.objective.plans(trainer.objective.pairs_at(0), 0.0)
+    signals = [capture(batch, plan) for capture, plan in zip((trainer.student, trainer.teacher.capture), plans)]
+    (part,) = trainer.objective(*signals, None, 0.0, trainer.objective.pairs_at(0))
+    assert part.value.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_joint_losses_see_all_their_layers(tmp_path):
+    """ReviewKD and FSP take the whole layer map at once, and their parameters are trained, saved and resumed with the run."""
+    terms = [Term("review", layer_map="0:0,1:1,2:2"), Term("fsp", layer_map="0:0,1:1,2:2"), Term("vid", layer_map="0:0,1:1")]
+
+    def go(folder, resume=None):
+        student, teacher = vision.build("resnet", seed=1), vision.build("resnet", seed=2)
+        args = arguments(folder, max_steps=4, save_strategy="steps", save_steps=2, per_device_train_batch_size=4)
+        return run(student, teacher, Rows(vision.batch(64, rows=8)), args, objective=terms, resume=resume)
+
+    (whole, gradients), (resumed, _) = go(tmp_path / "a"), go(tmp_path / "b", str(tmp_path / "a/checkpoint-2"))
+    own = {name for name, _ in whole.objective.named_parameters()}
+    assert {name.split(".")[1] for name in own} == {"review", "vid"}
+    assert len(whole.objective.terms["vid"].losses) == 2 and len(whole.objective.terms["review"].losses) == 1
+    assert all(gradients[0][f"adapter.{name}"].abs().sum() > 0 for name in own if "bias" not in name and ".2.weight" not in name)
+    for ours, theirs in ((whole.model, resumed.model), (whole.objective, resumed.objective)):
+        for key, tensor in ours.state_dict().items():
+            assert torch.equal(tensor, theirs.state_dict()[key]), key
+    assert all(whole.state.log_history[0][term.name] != 0 for term in terms)
+
+
+def test_losses_that_remember_examples_have_no_part_in_evaluation(tmp_path):
+    terms = [Term("task"), Term("soft_targets"), Term("crd", options={"dim": 4, "negatives": 3})]
+    student, teacher, data = vision.build("vit", 1), vision.build("vit", 2, seed=2), Rows(vision.batch(32, rows=8))
+    trainer, _ = run(student, teacher, data, arguments(tmp_path, eval_with_teacher=True), objective=terms)
+    banks = {key: tensor.clone() for key, tensor in trainer.objective.state_dict().items()}
+    metrics = trainer.evaluate(data)
+    assert {"eval_task", "eval_soft_targets"} <= metrics.keys() and "eval_crd" not in metrics
+    assert all(torch.equal(tensor, trainer.objective.state_dict()[key]) for key, tensor in banks.items())
+
+
+def test_a_timm_model_through_the_wrapper_of_transformers(tmp_path):
+    timm = pytest.importorskip("timm")
+    import transformers
+
+    name = "resnet10t.c3_in1k"
+    assert name.split(".")[0] in timm.list_models("resnet10t")
+    models = [transformers.TimmWrapperForImageClassification(transformers.TimmWrapperConfig(name, num_labels=3)) for _ in range(2)]
+    trainer, _ = run(*models, Rows(vision.batch(64, rows=4)), arguments(tmp_path), objective=TERMS)
+    assert all(term.name in trainer.state.log_history[0] for term in TERMS)
+
+
+def test_temperatures_of_another_kind_keep_their_default(tmp_path):
+    """The run's temperature is that of soft targets: cosines and memories have one of their own."""
+    terms = [Term("soft_targets"), Term("decoupled"), Term("similarity_kl"), Term("dist")]
+    student, teacher = vision.build("vit", 1), vision.build("vit", 2)
+    trainer = DistillationTrainer(
+        student, arguments(tmp_path, temperature=7.0), teacher=teacher, train_dataset=Rows(vision.batch(32)), objective=terms
+    )
+    described = {row["name"]: row.get("temperature") for row in trainer.objective.describe()}
+    assert described["soft_targets"] == described["decoupled"] == 7.0
+    assert trainer.objective.terms["similarity_kl"].loss.temperature == 0.1 and trainer.objective.terms["dist"].loss.temperature == 1.0

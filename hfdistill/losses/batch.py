@@ -22,7 +22,7 @@ class BatchLoss(DistillationLoss):
     """
 
     signal = "pooled"
-    signals = ("pooled", "features", "hidden_states", "embeddings")
+    signals = ("pooled", "features", "pooled_features", "hidden_states", "embeddings")
     layout = "vectors"
     unit = "sequences"
     compares_widths = False

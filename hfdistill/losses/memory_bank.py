@@ -74,7 +74,7 @@ class CRDLoss(DistillationLoss):
     """
 
     signal = "pooled"
-    signals = ("pooled", "features")
+    signals = ("pooled", "features", "pooled_features")
     layout = "vectors"
     unit = "sequences"
     compares_widths = False

@@ -245,14 +245,14 @@ def test_large_samples_count_for_more_in_sp_and_a_small_one_keeps_its_row():
     assert loss(factor * fs, factor * ft).mean.item() == pytest.approx(similarity_preserving((factor * fs).numpy(), (factor * ft).numpy()))
 
 
-def test_opposite_vectors_have_a_similarity_of_exactly_zero_at_least():
-    """Rounding takes their cosine below -1 in float32, and the logarithm of a negative number is NaN."""
+def test_opposite_vectors_choose_each_other_with_no_probability_below_zero():
+    """Rounding takes their cosine as far below -1 as float32 can tell, for some; the logarithm of a negative number is NaN."""
     generator = torch.Generator().manual_seed(0)
-    for width in (3, 100, 3000):
-        half = torch.randn(8, width, generator=generator)
-        vectors = torch.cat([half, -half]).requires_grad_()
-        value = PKTLoss()(vectors, vectors.detach().flip(0)).total + SimilarityKLLoss(1e-3)(vectors, vectors.detach().flip(1)).total
-        assert torch.isfinite(value) and torch.isfinite(torch.autograd.grad(value, vectors)[0]).all()
+    for _ in range(200):
+        vector, teacher = torch.randn(1, 3000, generator=generator), torch.randn(2, 3, generator=generator)
+        student = torch.cat([vector, -vector]).requires_grad_()
+        value = PKTLoss()(student, teacher).total
+        assert torch.isfinite(value) and torch.isfinite(torch.autograd.grad(value, student)[0]).all()
 
 
 @pytest.mark.parametrize("loss", [RKDDistanceLoss(), RKDAngleLoss(), SimilarityKLLoss(), DarkRankLoss()], ids=lambda x: type(x).__name__)
