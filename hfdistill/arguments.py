@@ -196,12 +196,13 @@ class DistillationTrainingArguments(TrainingArguments):
         milestones = self.learning_rate_milestones or []
         if any(not 0 < share < 1 for share in milestones) or sorted(set(milestones)) != milestones:
             raise ValueError(
-                f"learning_rate_milestones must be shares of training between 0 and 1, in rising order, got {milestones}: the learning rate "
-                "falls at each. Write epoch 150 of 240 as 0.625."
+                f"learning_rate_milestones must be shares of training between 0 and 1, in rising order, got {milestones}: the learning "
+                "rate falls at each. Write epoch 150 of 240 as 0.625."
             )
         if milestones and self.warmup_steps:
             raise ValueError(
-                f"learning_rate_milestones starts at the full learning rate, so warmup_steps={self.warmup_steps} would not be used. Remove one."
+                f"learning_rate_milestones starts at the full learning rate, so warmup_steps={self.warmup_steps} would not be used. "
+                "Remove one."
             )
         if not math.isfinite(self.learning_rate_gamma) or not 0 < self.learning_rate_gamma < 1:
             raise ValueError(f"learning_rate_gamma must be between 0 and 1, got {self.learning_rate_gamma}: it lowers the learning rate.")

@@ -284,7 +284,8 @@ def _prepare_losses(term: BoundTerm, student: Signals, teacher: Signals | None, 
         shapes = []
         for index, pair in enumerate(_example_pair(term)):
             s, t = term.tensors(pair, student, teacher)
-            mask = None if term.signal in (*STAGE_SIGNALS, "pooled", "logits") else token_mask(student, teacher, tuple(s.shape[:2]), s.device)
+            tokens = term.signal not in (*STAGE_SIGNALS, "pooled", "logits")
+            mask = token_mask(student, teacher, tuple(s.shape[:2]), s.device) if tokens else None
             s, t, _ = (s, t, None) if term.signal == "logits" else term.bring(index, s, t, mask)
             shapes.append((tuple(s.shape), tuple(t.shape)))
         term.adapters.train(adapters)

@@ -161,8 +161,8 @@ PAPERS = {
 }""",
     "peng2019": """@inproceedings{peng2019correlation,
   title = {Correlation Congruence for Knowledge Distillation},
-  author = {Peng, Baoyun and Jin, Xiao and Liu, Jiaheng and Li, Dongsheng and Wu, Yichao and Liu, Yu
-    and Zhou, Shunfeng and Zhang, Zhaoning},
+  author = {Peng, Baoyun and Jin, Xiao and Liu, Jiaheng and Zhou, Shunfeng and Wu, Yichao and Liu, Yu and Li, Dongsheng and Zhang,
+    Zhaoning},
   booktitle = {Proceedings of the IEEE/CVF International Conference on Computer Vision},
   year = {2019}
 }""",
@@ -195,6 +195,12 @@ PAPERS = {
   author = {Tian, Yonglong and Krishnan, Dilip and Isola, Phillip},
   booktitle = {International Conference on Learning Representations},
   year = {2020}
+}""",
+    "fang2021": """@inproceedings{fang2021seed,
+  title = {{SEED}: Self-supervised Distillation For Visual Representation},
+  author = {Fang, Zhiyuan and Wang, Jianfeng and Wang, Lijuan and Zhang, Lei and Yang, Yezhou and Liu, Zicheng},
+  booktitle = {International Conference on Learning Representations},
+  year = {2021}
 }""",
 }
 
@@ -232,11 +238,14 @@ LOSS_PAPERS = {
     "rkd_angle": ("park2019",),
     "correlation_congruence": ("peng2019",),
     "pkt": ("passalis2018",),
-    "similarity_kl": ("passalis2018",),
+    "similarity_kl": ("fang2021",),
     "instance_graph": ("liu2019",),
     "dark_rank": ("chen2018",),
     "crd": ("tian2020",),
-    "info_nce": ("oord2018", "tian2020",),
+    "info_nce": (
+        "oord2018",
+        "tian2020",
+    ),
 }
 """Name of a loss -> its papers. The task loss has none."""
 

@@ -51,6 +51,11 @@ def _mean_seconds(arms: list[Arm]) -> float | None:
     return None if not seconds or None in seconds else statistics.fmean(seconds)
 
 
+def _inputs(name: str, model, example: dict[str, Any]) -> dict[str, Any]:
+    """What one model reads of the example; a teacher may have its own preparation of an image."""
+    return Capture(model, "teacher" if name == "teacher" else "model").select_inputs(example)
+
+
 def compare_arms(
     task: str,
     metric: str,
@@ -77,7 +82,7 @@ def compare_arms(
         arm.trainer.rest()
     models = {"teacher": teacher.model, **{name: own[0].model for name, own in arms.items() if own}}
     inputs = {
-        name: {key: value.to(model.device) for key, value in Capture(model, "teacher" if name == "teacher" else "model").select_inputs(example).items()}
+        name: {key: value.to(model.device) for key, value in _inputs(name, model, example).items()}
         for name, model in models.items()
     }
     latencies = interleaved_latency({name: (model, inputs[name]) for name, model in models.items()})

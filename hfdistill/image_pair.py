@@ -141,4 +141,6 @@ def resized_to(processor) -> tuple[int, int]:
     for keys in (("height", "width"), ("shortest_edge", "shortest_edge")):
         if keys[0] in size:
             return size[keys[0]], size[keys[1]]
-    raise ValueError(f"{type(processor).__name__} has the size {dict(size)}, with neither height and width nor shortest_edge. Set its size.")
+    raise ValueError(
+        f"{type(processor).__name__} has the size {dict(size)}, with neither height and width nor shortest_edge. Set its size."
+    )

@@ -62,7 +62,7 @@ class Method:
         known = [f.name for f in fields(DistillationTrainingArguments) if f.init]
         for key in self.settings:
             if key in _SAME_FOR_ALL:
-                raise ValueError(f"{where} sets {key}, which is the same for all methods, or nothing could be compared. Set it in the config.")
+                raise ValueError(f"{where} sets {key}, which has to be the same for all methods. Set it in the config.")
             if key != "stages" and key not in known:
                 raise ValueError(f"{where} has the unknown key {key!r}.{did_you_mean(key, ['title', 'objective', 'stages', *known])}")
             if key in WEIGHTS:
@@ -190,7 +190,8 @@ def compare_methods(
         (root / "comparison.json").write_text(json.dumps(outcome, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         rows = comparison_rows(outcome)
         (root / "comparison.md").write_text(results_table(rows) + "\n", encoding="utf-8")
-        print_table([{k: v for k, v in row.items() if k != "terms"} for row in rows[: len(rows) - len(refused)]], title=f"{outcome['task']}: methods")
+        short = [{key: value for key, value in row.items() if key != "terms"} for row in rows[: len(rows) - len(refused)]]
+        print_table(short, title=f"{outcome['task']}: methods")
         for name, reason in refused.items():
             print(f"{name} is not possible: {reason}")
         plot_methods(outcome, root / "comparison.png")

@@ -55,9 +55,8 @@ def plot_methods(outcome: Mapping[str, Any], path: str | os.PathLike) -> Path | 
         for row, (_, entry), colour in zip(rows, entries, colours):
             if entry["step_time"] is not None:
                 axes[1].barh(row, entry["step_time"], color=colour, height=0.6, zorder=2)
-                axes[1].annotate(
-                    f"{entry['step_time']:.2f}", (entry["step_time"], row), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8
-                )
+                place = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
+                axes[1].annotate(f"{entry['step_time']:.2f}", (entry["step_time"], row), **place)
         axes[1].axvline(1.0, color=COLOURS["student_alone"], linestyle="--", linewidth=1.2, zorder=3)
         axes[1].set_xlim(0, 1.18 * max(timed))
         axes[1].set_xlabel("time of a step (student alone = 1)")

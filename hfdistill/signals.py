@@ -13,7 +13,18 @@ import torch
 from torch import Tensor
 
 
-SIGNALS = ("logits", "hidden_states", "features", "pooled_features", "embeddings", "attention_scores", "queries", "keys", "values", "pooled")
+SIGNALS = (
+    "logits",
+    "hidden_states",
+    "features",
+    "pooled_features",
+    "embeddings",
+    "attention_scores",
+    "queries",
+    "keys",
+    "values",
+    "pooled",
+)
 ATTENTION_SIGNALS = ("attention_scores", "queries", "keys", "values")
 BLOCK_SIGNALS = ("hidden_states", *ATTENTION_SIGNALS)
 """Signals of transformer blocks."""

@@ -25,7 +25,7 @@ from .terms import Term
 DEFAULT_SWEEP = {"temperature": [1.0, 2.0, 4.0, 8.0], "kd_weight": [0.3, 0.7, 0.9]}
 """What is swept where nothing is named."""
 VALIDATION_SHARE = 0.25
-"""Share of the training images that settings are compared on where the config says none: of the embedded digits, half of those without a label."""
+"""Share of the training images on which settings are compared, where the config says none. Half of the digits without a label are that."""
 LOWER_IS_BETTER = ("loss", "perplexity", "pseudo_perplexity", "mse", "rmse", "mae")
 """Metrics of which the smallest value is the best."""
 
@@ -106,7 +106,7 @@ def run_sweep(
     (root / "sweep.json").write_text(json.dumps(outcome, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     rows = [{**point["settings"], metric: point["value"], "seed": point.get("seed")} for point in points]
     (root / "sweep.md").write_text(results_table(rows) + "\n", encoding="utf-8")
-    print_table(rows, title=f"Sweep, measured on {recipe.validation_share:g} of the training data")
+    print_table(rows, title=f"{metric} on validation data")
     plot_sweep(outcome, root / f"{metric}-against-{first_setting(space).replace('.', '-')}.png")
     print(f"\n# {metric} {best['value']['mean']:.4f} on validation data, the best of {len(points)} settings; test data were not looked at")
     print(best_as_yaml(best["settings"], args), end="")
@@ -146,8 +146,8 @@ def check_space(space: Mapping[str, Any], args: Any, trials: int | None = None) 
     """The space as it was given.
 
     Raises:
-        ValueError: for names that do not exist or would have no effect, values that are missing, twice or in no order, and for `trials` with a
-            grid or without one.
+        ValueError: for names that do not exist or would have no effect, values that are missing, twice or in no order, and for `trials`
+            with a grid, or a range without it.
     """
     if not space:
         raise ValueError('The space is empty, so there is nothing to sweep. Example: {"temperature": [1, 2, 4]}.')
@@ -159,7 +159,7 @@ def check_space(space: Mapping[str, Any], args: Any, trials: int | None = None) 
             _check_range(name, values)
         _check_name(name, values[0] if isinstance(values, list) else values["low"], space, args)
     if is_grid(space) and trials is not None:
-        raise ValueError(f"trials={trials} would have no effect: every point of a grid is trained, with every seed. Remove it, or give a range.")
+        raise ValueError(f"trials={trials} has no effect: every point of a grid is trained, with every seed. Remove it, or give a range.")
     if not is_grid(space) and (trials is None or trials < 1):
         raise ValueError(f"A range needs the number of settings to try, got trials={trials}. Pass --trials 20, or lists of values.")
     return dict(space)
@@ -168,8 +168,8 @@ def check_space(space: Mapping[str, Any], args: Any, trials: int | None = None) 
 def _check_range(name: str, values: Any) -> None:
     if not isinstance(values, Mapping) or not {"low", "high"} <= values.keys() <= {"low", "high", "log", "step"}:
         raise ValueError(
-            f'{name} is {values!r}, neither a list of values nor a range. Write [1, 2, 4] or {{"low": 1, "high": 16, "log": true}}; a range may '
-            "have a step instead of log."
+            f'{name} is {values!r}, neither a list of values nor a range. Write [1, 2, 4] or {{"low": 1, "high": 16, "log": true}}; a range '
+            "may have a step instead of log."
         )
     low, high = values["low"], values["high"]
     numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in (low, high))
@@ -222,7 +222,7 @@ def on_validation_data(main: Callable[..., Any], recipe: Any) -> Any:
     return replace(recipe, validation_share=share)
 
 
-def objective_with(args: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+def arguments_of(args: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Training arguments of one point: plain ones as they are, and the config's objective with what `term.setting` names changed."""
     plain = {name: value for name, value in settings.items() if "." not in name}
     inside = {name: value for name, value in settings.items() if "." in name}
@@ -236,8 +236,21 @@ def objective_with(args: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def best_as_yaml(settings: Mapping[str, Any], args: Any) -> str:
-    """Lines for a config."""
-    return yaml.safe_dump(objective_with(args, settings), sort_keys=False, default_flow_style=None)
+    """Lines for a config.
+
+    Example:
+        >>> print(best_as_yaml({"temperature": 4.0, "kd_weight": 0.7}, None), end="")
+        temperature: 4.0
+        kd_weight: 0.7
+    """
+    lines = []
+    for name, value in arguments_of(args, settings).items():
+        if name == "objective":
+            terms = (yaml.safe_dump(term, sort_keys=False, default_flow_style=True, width=10**6).strip() for term in value)
+            lines += ["objective:", *(f"  - {term}" for term in terms)]
+        else:
+            lines.append(yaml.safe_dump({name: value}, default_flow_style=False).strip())
+    return "\n".join(lines) + "\n"
 
 
 class _Trials:
@@ -249,8 +262,8 @@ class _Trials:
         self.trainer, self.run, self.space, self.args, self.metric = trainer, run, space, args, metric
         root = run.root.resolve()
         root.mkdir(parents=True, exist_ok=True)
-        # Optuna refuses other choices, and another kind of range, under the name of a study; numbers of a grid may become more.
-        kinds = {name: "numbers" if _are_numbers(v) else v if isinstance(v, list) else sorted(v.keys() - {"low", "high"}) for name, v in space.items()}
+        # Optuna refuses other choices under the name of a study; the numbers of a grid may become more.
+        kinds = {name: "numbers" if _are_numbers(values) and is_grid(space) else values for name, values in space.items()}
         digest = hashlib.sha256(json.dumps([run.fingerprint, is_grid(space), kinds], sort_keys=True).encode()).hexdigest()
         self.study = {
             "storage": f"sqlite:///{root / 'study.db'}",
@@ -317,7 +330,7 @@ class _Trials:
             trial.set_user_attr("seed", seed)
         else:
             seed = trial.suggest_int("seed", 0, 2**32 - 1)
-        return {**objective_with(self.args, settings), "seed": seed}
+        return {**arguments_of(self.args, settings), "seed": seed}
 
     def _suggest(self, trial, name: str, values: Any) -> Any:
         if not isinstance(values, list):

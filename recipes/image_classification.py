@@ -49,7 +49,7 @@ def main(recipe, args, instead=None):
     held_out = next(iter(data.evaluation.values()))
     mixed = concatenate_datasets([data.labelled, data.transfer]) if len(data.transfer) else data.labelled
 
-    def collator(image_processor, teacher_image_processor=None):
+    def collator(image_processor, teacher_image_processor=None, seed=args.seed):
         return hfdistill.ImageCollator(
             image_processor,
             teacher_image_processor,
@@ -57,7 +57,7 @@ def main(recipe, args, instead=None):
             mixup_alpha=recipe.mixup_alpha,
             cutmix_alpha=recipe.cutmix_alpha,
             num_labels=len(data.label_names),
-            seed=args.data_seed or args.seed,
+            seed=seed,
         )
 
     def trainer_for(model, arguments, rows=None, teacher=None):
@@ -67,7 +67,7 @@ def main(recipe, args, instead=None):
             model=model,
             teacher=teacher,
             args=arguments,
-            data_collator=collator(own, None if teacher is None else pair.teacher_image_processor),
+            data_collator=collator(own, None if teacher is None else pair.teacher_image_processor, arguments.seed),
             train_dataset=rows,
             eval_dataset=held_out,
             processing_class=own,
@@ -104,8 +104,8 @@ def main(recipe, args, instead=None):
     return results
 
 
-LIMITS = """A demonstration on 8 by 8 pixels: with all labels, simple models without a network come close to perfect, and distillation has no
-room. The students see few labels on purpose."""
+LIMITS = """A demonstration on 8 by 8 pixels: with all labels, simple models without a network come close to perfect, and
+distillation has no room. The students see few labels on purpose."""
 
 
 if __name__ == "__main__":

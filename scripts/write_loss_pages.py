@@ -48,7 +48,14 @@ def page(name, loss) -> str:
 def pages() -> dict[str, str]:
     """File name -> contents, the list of all losses among them."""
     found = {f"{name}.md": page(name, loss) for name, loss in hfdistill.LOSSES.items()}
-    lines = ["# Losses", "", "Made by `python scripts/write_loss_pages.py docs/losses`.", "", "| name | compares | what |", "| :--- | :--- | :--- |"]
+    lines = [
+        "# Losses",
+        "",
+        "Made by `python scripts/write_loss_pages.py docs/losses`.",
+        "",
+        "| name | compares | what |",
+        "| :--- | :--- | :--- |",
+    ]
     for name, loss in sorted(hfdistill.LOSSES.items()):
         first = re.sub(r"\[`(\w+)`\]", r"`\1`", inspect.cleandoc(loss.__doc__).split("\n\n")[0].replace("\n", " ")).replace("|", "\\|")
         lines.append(f"| [`{name}`]({name}.md) | {loss.signal} | {first} |")

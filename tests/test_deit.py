@@ -97,9 +97,7 @@ def test_a_deit_of_two_heads_as_the_teacher_answers_with_their_mean(tmp_path):
         out, own = teacher(pixel_values=batch["pixel_values"]), model(pixel_values=batch["pixel_values"]).logits
     target = ((out.cls_logits + out.distillation_logits) / 2 / 2).softmax(-1)
     expected = 4 * kl_div((own / 2).log_softmax(-1), target, reduction="batchmean")
-    trainer = DistillationTrainer(
-        model, arguments(tmp_path), teacher=teacher, train_dataset=Rows(batch), objective=[Term("soft_targets")]
-    )
+    trainer = DistillationTrainer(model, arguments(tmp_path), teacher=teacher, train_dataset=Rows(batch), objective=[Term("soft_targets")])
     trainer.train()
     assert trainer.state.log_history[0]["soft_targets"] == pytest.approx(expected.item(), rel=1e-4)
 
@@ -108,6 +106,10 @@ def test_a_teacher_given_by_name(tmp_path):
     vision.build("resnet").save_pretrained(tmp_path / "teacher")
     model = vision.build("deit", 1, head="ForImageClassificationWithTeacher", image_size=64)
     trainer = DistillationTrainer(
-        model, arguments(tmp_path), teacher=str(tmp_path / "teacher"), train_dataset=Rows(vision.batch(64)), objective=[Term("hard_targets")]
+        model,
+        arguments(tmp_path),
+        teacher=str(tmp_path / "teacher"),
+        train_dataset=Rows(vision.batch(64)),
+        objective=[Term("hard_targets")],
     )
     assert type(trainer.teacher.model).__name__ == "ResNetForImageClassification"

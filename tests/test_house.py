@@ -33,7 +33,9 @@ FLOORS = {
     "export": 7, "benchmark": 7, "plots": 7, "report": 7, "baselines": 7, "hub": 7, "side_file": 7, "citations": 7,
     "part_log": 7, "checkpoints": 7, "run_card": 7, "preparation": 7,
     "trainer": 8, "trainer_files": 8, "trainer_search": 8,
-    "runs": 9, "comparison": 9, "callbacks": 9, "stages": 9, "stage_training": 9, "model_pair": 9, "image_pair": 9, "ablation": 9, "mutual": 9,
+    "runs": 9, "comparison": 9, "callbacks": 9, "stages": 9, "stage_training": 9, "model_pair": 9, "image_pair": 9,
+    "ablation": 9,
+    "mutual": 9,
     "costs": 9, "method_plots": 7, "method_comparison": 9, "sweep": 9,
     "usage": 10, "cli": 10,
 }  # fmt: skip

@@ -112,7 +112,18 @@ def test_folders_a_given_teacher_and_another_preparation(tmp_path, animals, trai
     processor.save_pretrained(tmp_path / "teacher")
     flags = [f"--train_dir={animals}/train", f"--validation_dir={animals}/validation", f"--cache_dir={tmp_path}/cache"]
     flags += ["--teacher_model_name_or_path", str(tmp_path / "teacher"), "--student_config", json.dumps(RESNET), "--image_size", "32"]
-    flags += ["--max_steps", "30", "--learning_rate", "5e-3", "--per_device_train_batch_size", "6", "--seeds", "0", "--disable_tqdm", "true"]
+    flags += [
+        "--max_steps",
+        "30",
+        "--learning_rate",
+        "5e-3",
+        "--per_device_train_batch_size",
+        "6",
+        "--seeds",
+        "0",
+        "--disable_tqdm",
+        "true",
+    ]
     flags += ["--kd_weight", "0.0", "--logit_mse_weight", "0.001", "--task_weight", "1.0", "--allow_weak_teacher", "true"]
     flags += ["--augmentation", '{"random_resized_crop": [0.5, 1.0], "horizontal_flip": 0.5}', "--mixup_alpha", "0.2"]
     results = run(*flags, "--output_dir", str(tmp_path / "run"))

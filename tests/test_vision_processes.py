@@ -65,9 +65,12 @@ def test_two_processes_train_the_student_of_one(tmp_path):
 
 def test_a_resumed_run_goes_on_with_the_same_memory_bank(tmp_path):
     """CRD: 4 steps in one go against 2 steps, a checkpoint, and 2 more: weights, banks and negatives are the same."""
+
     def go(folder, resume=None, **options):
         student, teacher = vision.build("vit", 1, seed=1), vision.build("vit", 2, seed=2)
-        args = arguments(folder, max_steps=4, per_device_train_batch_size=8, learning_rate=1e-2, save_strategy="steps", save_steps=2, **options)
+        args = arguments(
+            folder, max_steps=4, per_device_train_batch_size=8, learning_rate=1e-2, save_strategy="steps", save_steps=2, **options
+        )
         return run(student, teacher, Rows(vision.batch(32, rows=16)), args, objective=TERMS["crd"], resume=resume)[0]
 
     whole = go(tmp_path / "whole")

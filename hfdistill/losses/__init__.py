@@ -1,7 +1,8 @@
 """The losses, one topic a file. They know tensors, and no model.
 
-Hard labels: `task`, `spans`, `pairs`. Logits: `logits`, `decoupled`, `correlation`, `ranking`. Hidden states: `hidden`, `patient`, `attention`, `relation`. Feature maps:
-`hint`, `maps`, `flow`, `information`, `review`. Relations between samples: `sample_relations`, `instance_graph`, `contrastive`, `memory_bank`.
+Hard labels: `task`, `spans`, `pairs`. Logits: `logits`, `decoupled`, `correlation`, `ranking`. Hidden states: `hidden`, `patient`,
+`attention`, `relation`. Feature maps: `hint`, `maps`, `flow`, `information`, `review`. Relations between samples: `sample_relations`,
+`instance_graph`, `contrastive`, `memory_bank`.
 """
 
 from __future__ import annotations

@@ -162,9 +162,7 @@ def _called(name: str, module: nn.Module) -> tuple[str, nn.Module]:
 
 def _map_shapes(inner: nn.Module, named: list[tuple[str, nn.Module]], run: Callable, image_size) -> list[tuple[int, ...]]:
     outputs: dict[str, Any] = {}
-    handles = [
-        module.register_forward_hook(lambda _m, _a, output, name=name: outputs.__setitem__(name, output)) for name, module in named
-    ]
+    handles = [module.register_forward_hook(lambda _m, _a, output, name=name: outputs.__setitem__(name, output)) for name, module in named]
     try:
         with torch.no_grad():
             run()
