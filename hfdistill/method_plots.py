@@ -84,35 +84,30 @@ def plot_sweep(outcome: Mapping[str, Any], path: str | os.PathLike) -> Path | No
     figure = _figure(7.0, 4.4) if names else None
     if figure is None:
         return None
-    axis, (name, *_) = figure.subplots(), names
+    axis, name, grid = figure.subplots(), names[0], outcome["kind"] == "grid"
     lines: dict[str, list[Mapping]] = {}
     for point in points:
         others = {key: value for key, value in point["settings"].items() if key != name}
-        label = ", ".join(f"{_words(key)} {_short(value)}" for key, value in others.items()) if outcome["kind"] == "grid" else "trials"
+        label = ", ".join(f"{_words(key)} {_short(value)}" for key, value in others.items()) if grid else "trials"
         lines.setdefault(label, []).append(point)
-    # Lines side by side, or the spread of one would hide that of another.
-    positive = min(point["settings"][name] for point in points) > 0
-    wide = positive and max(point["settings"][name] for point in points) >= 4 * min(point["settings"][name] for point in points)
+    ticks = sorted({point["settings"][name] for point in points})
+    logarithmic = ticks[0] > 0 and ticks[-1] >= 4 * ticks[0]
     for number, ((label, own), colour) in enumerate(zip(lines.items(), itertools.cycle(_LINES))):
         own = sorted(own, key=lambda point: point["settings"][name])
-        shift = (number - (len(lines) - 1) / 2) * 0.015
+        shift = 0.012 * (number - (len(lines) - 1) / 2)  # side by side, or the spread of one would hide that of another
         xs = [point["settings"][name] for point in own]
-        span = max(point["settings"][name] for point in points) - min(point["settings"][name] for point in points)
-        xs = [x * 2**shift for x in xs] if wide else [x + shift * span for x in xs]
+        xs = [x * (ticks[-1] / ticks[0]) ** shift if logarithmic else x + shift * (ticks[-1] - ticks[0]) for x in xs]
         ys, spread = [point["value"]["mean"] for point in own], [point["value"]["std"] for point in own]
-        style = f"{_MARKERS[number % len(_MARKERS)]}{'-' if outcome['kind'] == 'grid' else ''}"
-        bars = spread if any(spread) else None
-        axis.errorbar(xs, ys, yerr=bars, fmt=style, color=colour, markersize=6, capsize=3, linewidth=1.5, label=label, zorder=3)
-    if wide:
-        ticks = sorted({point["settings"][name] for point in points})
+        style = {"fmt": f"{_MARKERS[number % len(_MARKERS)]}{'-' if grid else ''}", "markersize": 6, "capsize": 3, "linewidth": 1.4}
+        axis.errorbar(xs, ys, yerr=spread if any(spread) else None, color=colour, label=label, zorder=3, **style)
+    if logarithmic:
         axis.set_xscale("log", base=2)
-        if len(ticks) <= 12:
-            axis.set_xticks(ticks, [_short(tick) for tick in ticks])
-            axis.minorticks_off()
-    elif outcome["kind"] == "grid":
-        axis.set_xticks(sorted({point["settings"][name] for point in points}))
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    if grid and len(ticks) <= 12:
+        axis.set_xticks(ticks)
+        axis.minorticks_off()
     seeds, metric = outcome["seeds"], outcome["metric"].replace("_", " ")
-    spread = f" (mean ± sd of {len(seeds)} seeds)" if outcome["kind"] == "grid" and len(seeds) > 1 else ""
+    spread = f" (mean ± sd of {len(seeds)} seeds)" if grid and len(seeds) > 1 else ""
     axis.set_xlabel(_words(name))
     axis.set_ylabel(f"{metric} on validation data{spread}")
     _tidy(axis)

@@ -41,7 +41,7 @@ def run_sweep(
     """Trains the student of a recipe with many settings, and writes `sweep.json`, `.md` and `.png`.
 
     Every training is a trial of `Trainer.hyperparameter_search` (optuna), kept in `study.db` below `args.output_dir`: what has finished is
-    not run again when the same command, or one with a larger space, is given again. The teacher is trained once.
+    not run again when the same command, or one with more values, seeds or trials, is given again. The teacher is trained once.
 
     Lists of values make a grid, of which every point is trained with every seed. With a range in it, optuna's TPE sampler proposes
     `trials` settings, each trained with one of the seeds in turn: that finds the region, and says little about neighbours in it.
@@ -168,8 +168,8 @@ def check_space(space: Mapping[str, Any], args: Any, trials: int | None = None) 
 def _check_range(name: str, values: Any) -> None:
     if not isinstance(values, Mapping) or not {"low", "high"} <= values.keys() <= {"low", "high", "log", "step"}:
         raise ValueError(
-            f'{name} is {values!r}, neither a list of values nor a range. Write [1, 2, 4] or {{"low": 1, "high": 16, "log": true}}; a range '
-            "may have a step instead of log."
+            f'{name} is {values!r}, neither a list of values nor a range. Write [1, 2, 4] or {{"low": 1, "high": 16, "log": true}}; '
+            "a range may have a step instead of log."
         )
     low, high = values["low"], values["high"]
     numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in (low, high))
