@@ -38,7 +38,7 @@ def run_sweep(
     command: str,
     trials: int | None = None,
 ) -> dict[str, Any]:
-    """Trains the student of a recipe with many settings, and writes `sweep.json`, `.md` and `.png`.
+    """Trains the student of a recipe with many settings, and writes `sweep.json`, a table and a picture.
 
     Every training is a trial of `Trainer.hyperparameter_search` (optuna), kept in `study.db` below `args.output_dir`: what has finished is
     not run again when the same command, or one with more values, seeds or trials, is given again. The teacher is trained once.
@@ -80,7 +80,7 @@ def run_sweep(
     def search(run, _, build, trainer_for, datasets, teachers, metric):
         trainer = trainer_for(build(seeds[0]), run.settings("sweep", seed=seeds[0]), datasets["train"], teachers["teacher"])
         trainer.model_init = lambda: build(trainer.args.seed)
-        trials_of = _Trials(trainer, run, space, args, metric)
+        trials_of = _Trials(trainer, run, space, args, metric, anew=recipe.overwrite_output_dir)
         record = Path(run.folder("teacher"), "arm.json")  # not there for a teacher that is not trained
         teacher = json.loads(record.read_text())["metrics"][f"eval_{metric}"] if record.is_file() else None
         return metric, teacher, trials_of.grid(seeds) if kind == "grid" else trials_of.sampled(trials, seeds)
@@ -256,12 +256,14 @@ def best_as_yaml(settings: Mapping[str, Any], args: Any) -> str:
 class _Trials:
     """The trials of one run in its database, and what is missing there."""
 
-    def __init__(self, trainer, run, space: Mapping[str, Any], args: Any, metric: str):
+    def __init__(self, trainer, run, space: Mapping[str, Any], args: Any, metric: str, anew: bool):
         import optuna
 
         self.trainer, self.run, self.space, self.args, self.metric = trainer, run, space, args, metric
         root = run.root.resolve()
         root.mkdir(parents=True, exist_ok=True)
+        if anew:
+            (root / "study.db").unlink(missing_ok=True)
         # Optuna refuses other choices under the name of a study; the numbers of a grid may become more.
         kinds = {name: "numbers" if _are_numbers(values) and is_grid(space) else values for name, values in space.items()}
         digest = hashlib.sha256(json.dumps([run.fingerprint, is_grid(space), kinds], sort_keys=True).encode()).hexdigest()
