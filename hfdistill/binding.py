@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
+from .bound_term import BoundTerm
 from .capture import Capture, CapturePlan, plan_for
 from .counting import TARGET_MASK, Unit, token_mask
 from .losses import LOSSES, TASK_LOSSES
@@ -20,7 +21,7 @@ from .models.adapters import SharedAdapter, build_adapter
 from .models.anatomy import problem_type_of, task_of
 from .models.layer_map import Pairs, resolve_layer_map
 from .models.similarity import similar_layer_map
-from .objective import BoundTerm, Objective
+from .objective import Objective
 from .schedules import resolve_schedule
 from .signals import ATTENTION_SIGNALS, LAYERED_SIGNALS, STAGE_SIGNALS, Signals
 from .terms import PAIRS, TASK, Term
@@ -65,7 +66,8 @@ def build_objective(
             f"The term {layered[0].name!r} compares layers, but the teacher is a function, whose layers are not known. "
             "Pass the teacher as a module, or use terms on logits."
         )
-    depths = {signal: _depths(signal, student, teacher, example) for signal in {_depth_kind(term) for term in layered}}
+    counted = {_depth_kind(term) for term in layered if not _names_only(_strategy(term, args))}
+    depths = {kind: _depths(kind, student, teacher, example) if kind in counted else (0, 0) for kind in map(_depth_kind, layered)}
     similarities = {
         signal: _similarity(signal, student, teacher, calibration)
         for signal in {_depth_kind(term) for term in layered if _strategy(term, args) == "similar"}
@@ -164,6 +166,16 @@ def _problem_type(student: Capture, teacher: Capture | None, labels_dtype: torch
 
 def _strategy(term: Term, args):
     return args.layer_map if term.layer_map is None else term.layer_map
+
+
+def _names_only(spec) -> bool:
+    """Whether a layer map names modules alone, for which no stages need to be found."""
+    if isinstance(spec, str) and ":" not in spec:
+        return False
+    try:
+        return bool(resolve_layer_map(spec, 0, 0, named=True))
+    except ValueError:
+        return False
 
 
 def _depth_kind(term: Term) -> str:

@@ -15,9 +15,10 @@ from .attention_taps import InterfaceTap, SoftmaxTap, allowed_pairs, attach_tap
 from .counting import LABEL_COLUMNS, marked_targets
 from .model_outputs import NoLogitsError, logits_of, move_to
 from .models.anatomy import find_blocks, unwrap_peft
-from .models.stages import Stages, feature_map, find_module, find_stages, special_token_count
+from .models.stages import Stages
 from .pooling import pool_tokens
 from .signals import ATTENTION_SIGNALS, BLOCK_SIGNALS, LAYERED_SIGNALS, Signals
+from .stage_taps import StageTap
 
 
 TEACHER_PREFIX = "teacher_"
@@ -85,8 +86,7 @@ class Capture:
                 f"The {self.name} is an encoder-decoder, whose two stacks DistillationTrainer cannot map. Use an encoder or a decoder."
             )
         self._blocks = None
-        self._stages: Stages | None = None
-        self._special_tokens: int | None = None
+        self._stage_tap = StageTap(self.model, self.name)
         self._tap: InterfaceTap | SoftmaxTap | None = None
 
     @property
@@ -114,19 +114,8 @@ class Capture:
         Raises:
             ValueError: for models that take no images, and where no stages are found.
         """
-        if self._stages is None:
-            inputs = move_to(self.select_inputs(example), self.model)
-            self._stages = self._quietly(lambda: find_stages(self.model, lambda: self.model(**inputs), self._image_size(inputs)))
-        return self._stages
-
-    def _image_size(self, inputs: Mapping) -> tuple[int, int]:
-        images = inputs.get("pixel_values")
-        if not isinstance(images, Tensor) or images.dim() != 4:
-            raise ValueError(
-                f"The {self.name} takes no images (pixel_values of shape (batch, channels, height, width)), so it has no feature maps. Use "
-                "signal 'hidden_states' or 'pooled' for text models."
-            )
-        return tuple(images.shape[-2:])
+        inputs = move_to(self.select_inputs(example), self.model)
+        return self._quietly(lambda: self._stage_tap.find(inputs))
 
     def _quietly(self, function):
         """`function()` with the model in eval mode; the training flags of its modules are restored."""
@@ -165,7 +154,7 @@ class Capture:
         if self.is_pretrained and (plan.hidden_states or plan.embeddings):
             options["output_hidden_states"] = sorted({k + 1 for k in plan.hidden_states} | ({0} if plan.embeddings else set()))
         found: dict = {}
-        handles = [*self._hooks(plan, found), *self._stage_hooks(plan, found)]
+        handles = [*self._hooks(plan, found), *self._stage_tap.open(plan.features, found)]
         if self._tap is not None:
             self._tap.open({signal: getattr(plan, signal) for signal in ATTENTION_SIGNALS})
         try:
@@ -176,7 +165,7 @@ class Capture:
             attention, masks = self._tap.close() if self._tap is not None else ({}, {})
         signals = self._signals(batch, plan, output, found, attention, masks)
         if plan.features:
-            signals.features = self._feature_maps(plan, found, self._image_size(inputs))
+            signals.features = self._stage_tap.maps(plan.features, found, inputs)
         return signals
 
     def _hooks(self, plan: CapturePlan, found: dict) -> list:
@@ -199,28 +188,6 @@ class Capture:
                     )
                 )
         return handles
-
-    def _stage_hooks(self, plan: CapturePlan, found: dict) -> list:
-        handles = []
-        for stage in plan.features:
-            module = self._stages.modules[stage] if isinstance(stage, int) else find_module(self.model, stage, self.name)
-            handles.append(module.register_forward_hook(lambda _m, _a, out, stage=stage: found.__setitem__(("features", stage), out)))
-        return handles
-
-    def _feature_maps(self, plan: CapturePlan, found: dict, image_size: tuple[int, int]) -> dict[int | str, Tensor]:
-        if self._special_tokens is None:
-            self._special_tokens = special_token_count(self.model)
-        maps = {}
-        for stage in plan.features:
-            output = found.get(("features", stage))
-            maps[stage] = None if output is None else feature_map(output, image_size, self._special_tokens)
-            if maps[stage] is None:
-                what = "was not run" if output is None else "gave neither a map nor patch tokens that fit the image"
-                raise ValueError(
-                    f"The module {stage!r} of the {self.name} {what}, so there are no features (batch, channels, height, width). Name a "
-                    "module that returns them, such as a stage or block, or use signal 'pooled'."
-                )
-        return maps
 
     def _signals(self, batch, plan, output, found, attention, masks) -> Signals:
         signals = Signals(logits=logits_of(output, self.name) if plan.logits else None)
@@ -309,14 +276,9 @@ class Capture:
             ValueError: when blocks do not exist, when attention has no `(batch, heads, length, length)` map, or when queries, keys
                 and values cannot be seen.
         """
-        for stage in plan.features:
-            if isinstance(stage, str):
-                find_module(self.model, stage, self.name)
-            elif not 0 <= stage < len(self.find_stages(example)):
-                raise ValueError(
-                    f"The layer map names stage {stage} of the {self.name}, which has stages 0 to {len(self._stages) - 1} (the stem is not "
-                    "a stage). Correct the layer map."
-                )
+        if any(isinstance(stage, int) for stage in plan.features):
+            self.find_stages(example)
+        self._stage_tap.check(plan.features)
         wanted = plan.blocks_of(BLOCK_SIGNALS)
         if wanted and not wanted <= set(range(self.depth)):
             raise ValueError(

@@ -166,6 +166,7 @@ def compare_methods(
     folders = variant_folders(plans, recipe, CONFIG)
     base = recipe, replace(args, output_dir=str(root / CONFIG))
     first = main(*base)
+    root.mkdir(parents=True, exist_ok=True)
     base = replace(recipe, overwrite_output_dir=False), base[1]
     offers = "instead" in inspect.signature(main).parameters
     refused = main(*base, instead=lambda *parts: refusals(plans, *parts)) if offers else {}
@@ -179,6 +180,8 @@ def compare_methods(
         costs = main(*base, instead=lambda *parts: step_costs(cost_trainers({n: p for n, p in plans.items() if n not in refused}, *parts)))
         for name in measured:
             outcome["methods"][name]["step_time"] = costs.get(name)
+        if outcome["alone"]:
+            outcome["alone"]["step_time"] = costs[ALONE]
         if measure_memory is not None:
             memory = _memory(root / "memory.json", list(costs), measure_memory, anew=recipe.overwrite_output_dir)
             if outcome["alone"]:
@@ -326,7 +329,7 @@ def _outcome(first: Mapping, measured: Mapping[str, Mapping], methods: Mapping[s
         "metric": metric,
         "seeds": first["seeds"],
         "teacher": first["teacher"][metric],
-        "alone": alone and {"value": alone, "agreement": agreements.get("alone"), "step_time": 1.0, "memory_mb": None},
+        "alone": alone and {"value": alone, "agreement": agreements.get("alone"), "step_time": None, "memory_mb": None},
         "control": control and {"value": control[metric], "agreement": agreements.get("control")},
         "reference": reference,
         "methods": entries,

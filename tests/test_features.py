@@ -218,6 +218,25 @@ def test_modules_by_name(tmp_path):
     assert trainer.objective.terms["attention_transfer"].pairs == [("encoder.stages.1", "vit.layers.1")]
 
 
+def test_a_network_without_a_list_of_stages_by_name(tmp_path):
+    """A torch module of two convolutions side by side has no stages to count; its modules can be named."""
+
+    class Plain(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.low, self.high = nn.Conv2d(3, channels, 3, 2), nn.Conv2d(channels, channels, 3, 2)
+            self.head = nn.Linear(channels, 3)
+
+        def forward(self, pixel_values):
+            return self.head(self.high(self.low(pixel_values).relu()).mean((2, 3)))
+
+    batch = vision.batch(32, rows=4)
+    trainer, _ = run(Plain(4), Plain(8), Rows(batch), arguments(tmp_path), objective=[Term("hint", layer_map={"low": "low"})])
+    assert trainer.state.log_history[0]["hint"] > 0
+    with pytest.raises(ValueError, match="No stages found in Plain.* Name the modules in the layer map"):
+        run(Plain(4), Plain(8), Rows(batch), arguments(tmp_path), objective=[Term("hint")])
+
+
 def test_similar_stages(tmp_path):
     student, teacher = vision.build("resnet", seed=1), vision.build("resnet", seed=1)
     term = Term("attention_transfer", layer_map="similar")
