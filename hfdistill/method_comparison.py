@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
@@ -296,6 +297,7 @@ def memory_in_a_process(command: Sequence[str]) -> float | None:
     Memory that is freed goes back to the system there at once (settings of glibc), so that what was freed before is not used unseen.
     """
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # it finds the same modules
     done = subprocess.run(list(command), capture_output=True, text=True, env=environment)
     with suppress(ValueError, IndexError):
         if done.returncode == 0:
