@@ -283,13 +283,17 @@ class _Trials:
         """
         points = [dict(zip(self.space, values)) for values in itertools.product(*self.space.values())]
         wanted = [{**point, "seed": seed} for seed in seeds for point in points]
-        while missing := [point for point in wanted if _key(point) not in self._finished()]:
+        study = self._open()
+        while True:
+            trials = study.trials
+            values = {_key(trial.params): trial.value for trial in trials if trial.state.name == "COMPLETE"}
+            missing = [point for point in wanted if _key(point) not in values]
+            if not missing:
+                break
             self.run.say(f"Trial {len(wanted) - len(missing) + 1} of {len(wanted)}: {_words(missing[0])}")
-            study = self._open()
-            if not any(trial.state.name == "WAITING" for trial in study.trials):  # of a command that was killed before it began
+            if not any(trial.state.name == "WAITING" for trial in trials):  # of a command that was killed before it began
                 study.enqueue_trial(missing[0])
             self._search(1)
-        values = self._finished()
         return [{"settings": point, "value": summarise([values[_key({**point, "seed": seed})] for seed in seeds])} for point in points]
 
     def sampled(self, trials: int, seeds: Sequence[int]) -> list[dict[str, Any]]:
@@ -310,9 +314,6 @@ class _Trials:
         import optuna
 
         return optuna.create_study(**self.study)
-
-    def _finished(self) -> dict[tuple, float]:
-        return {_key(trial.params): trial.value for trial in self._open().trials if trial.state.name == "COMPLETE"}
 
     def _search(self, trials: int, sampler=None) -> None:
         self.trainer.hyperparameter_search(

@@ -25,7 +25,6 @@ from hfdistill import (
     compare_methods,
     load_methods,
     memory_in_a_process,
-    memory_of,
     method_comparison,
     parse,
     peak_memory,
@@ -488,4 +487,3 @@ def test_the_program_goes_on_with_more_methods_and_gives_all_the_same_start(tmp_
         for own, folder in ((parsed[0], str(tmp_path / CONFIG)), (given, str(tmp_path / "start")))
     ]
     assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])
-    assert memory_of(recipe.main, *parsed, METHODS, "at") > 0
