@@ -268,7 +268,7 @@ class _Trials:
         kinds = {name: "numbers" if _are_numbers(values) and is_grid(space) else values for name, values in space.items()}
         digest = hashlib.sha256(json.dumps([run.fingerprint, is_grid(space), kinds], sort_keys=True).encode()).hexdigest()
         self.study = {
-            "storage": f"sqlite:///{root / 'study.db'}",
+            "storage": optuna.storages.RDBStorage(f"sqlite:///{root / 'study.db'}"),
             "study_name": digest[:16],
             "load_if_exists": True,
             "direction": "minimize" if metric in LOWER_IS_BETTER else "maximize",
@@ -329,7 +329,7 @@ class _Trials:
         """Training arguments of a trial."""
         settings = {name: self._suggest(trial, name, values) for name, values in self.space.items()}
         if self.seeds:
-            seed = self.seeds[trial.number % len(self.seeds)]
+            seed = self.seeds[0]
             trial.set_user_attr("seed", seed)
         else:
             seed = trial.suggest_int("seed", 0, 2**32 - 1)
