@@ -41,7 +41,7 @@ def build_objective(
     recorded: list[int] | None = None,
     calibration: Mapping | None = None,
     fixed_maps: Mapping[str, Pairs] | None = None,
-    example_labels: Callable[[], torch.Tensor] | None = None,
+    example_labels: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> Objective:
     """Binds terms to a student and a teacher: layer maps, adapters, units. Everything that cannot work is refused here.
 
@@ -55,7 +55,7 @@ def build_objective(
         recorded: teacher block of each student block as recorded by `build_student`, for `layer_map="original"`.
         calibration: a batch for `layer_map="similar"`.
         fixed_maps: layer maps by term name that replace the resolved ones (from a checkpoint).
-        example_labels: gives the label of every training example by its number, -100 where unknown, for losses that remember examples.
+        example_labels: gives the label (-100 where unknown) and the number of every training example, for losses that remember them.
 
     Raises:
         ValueError: where a signal cannot be had, blocks do not exist, widths, heads or lengths do not fit.
@@ -129,7 +129,7 @@ def build_objective(
             term.pooling = poolings[0] if len({*poolings}) == 1 else f"student {poolings[0]}, teacher {poolings[1]}"
             _add_adapters(term, args, s_example, t_example, objective.shared_adapters)
             _prepare_losses(term, s_example, t_example, example_labels)
-            if term.signal in ATTENTION_SIGNALS:
+            if term.signal in (*ATTENTION_SIGNALS, *STAGE_SIGNALS):
                 _check_checkpointing(student, args)
             if getattr(term.loss, "token", None) == "first" and any(c is not None and c.is_causal for c in (student, teacher)):
                 raise ValueError(
@@ -205,8 +205,10 @@ def _bind(term: Term, pairs: Pairs | None, task: str, problem_type: str | None, 
     options, schedules = dict(term.options), {}
     name = term.loss
     if isinstance(name, DistillationLoss):
+        _check_kind_of_logits(term, type(name), task, problem_type)
         schedules = {key: resolve_schedule(getattr(name, key)) for key in name.scheduled}
-        return BoundTerm(term, type(name).__name__, name, pairs, reduction, schedules)
+        # A copy, as of adapters: each trainer, trial and term starts from the loss as it was given.
+        return BoundTerm(term, type(name).__name__, copy.deepcopy(name), pairs, reduction, schedules)
     if name == "soft_targets" and task == "sequence":
         name = {"multi_label_classification": "binary_soft_targets", "regression": "regression_mse"}.get(problem_type, name)
         if name == "regression_mse":
@@ -217,6 +219,7 @@ def _bind(term: Term, pairs: Pairs | None, task: str, problem_type: str | None, 
             "text. Use soft_targets or logit_mse."
         )
     loss_class = LOSSES[name]
+    _check_kind_of_logits(term, loss_class, task, problem_type)
     if name in _RUN_TEMPERATURE:
         options.setdefault("temperature", args.resolved_schedules().get("temperature", args.temperature))
     for key in [key for key in options if key in loss_class.scheduled]:
@@ -225,6 +228,22 @@ def _bind(term: Term, pairs: Pairs | None, task: str, problem_type: str | None, 
             loss_class(**{key: schedules[key].minimum})  # the constructor's own check, at the end that can be wrong
         options[key] = schedules[key](0.0)
     return BoundTerm(term, name, loss_class(**options), pairs, reduction, schedules)
+
+
+def _check_kind_of_logits(term: Term, loss_class: type[DistillationLoss], task: str, problem_type: str | None) -> None:
+    """A softmax over labels that do not exclude each other, or over one number, means nothing."""
+    if not loss_class.one_class_a_row:
+        return
+    if task == "sequence" and problem_type != "single_label_classification":
+        raise ValueError(
+            f"The term {term.name!r} ({loss_class.__name__}) compares one class a row, but the student is trained for {problem_type}. Use "
+            "soft_targets, which becomes binary KL or squared error there, or logit_mse."
+        )
+    if task == "question_answering":
+        raise ValueError(
+            f"The term {term.name!r} ({loss_class.__name__}) compares classes, but start and end are positions of a text. Use soft_targets "
+            "or logit_mse."
+        )
 
 
 def _example_pair(term: BoundTerm) -> Pairs:
@@ -289,7 +308,7 @@ def _prepare_losses(term: BoundTerm, student: Signals, teacher: Signals | None, 
             "shapes are not known before training. Pass the teacher as a module."
         )
     if getattr(term.loss, "examples", 0) is None and example_labels is not None:
-        term.loss.set_examples(example_labels())
+        term.loss.set_examples(*example_labels())
     with torch.no_grad():
         adapters = term.adapters.training
         term.adapters.eval()  # an example is no batch: batch norm must not see it
@@ -297,7 +316,7 @@ def _prepare_losses(term: BoundTerm, student: Signals, teacher: Signals | None, 
         for index, pair in enumerate(_example_pair(term)):
             s, t = term.tensors(pair, student, teacher)
             tokens = term.signal not in (*STAGE_SIGNALS, "pooled", "logits")
-            mask = token_mask(student, teacher, tuple(s.shape[:2]), s.device) if tokens else None
+            mask = term.token_masks(student, teacher, s) if tokens else None
             s, t, _ = (s, t, None) if term.signal == "logits" else term.bring(index, s, t, mask)
             shapes.append((tuple(s.shape), tuple(t.shape)))
         term.adapters.train(adapters)
@@ -318,7 +337,8 @@ def _check_checkpointing(student: Capture, args) -> None:
         reentrant = [getattr(function, "keywords", {}).get("use_reentrant") for function in checkpoints]
         if (args.activation_checkpointing_kwargs or {}).get("use_reentrant") or any(reentrant):
             raise ValueError(
-                "Reentrant activation checkpointing loses the gradient of captured attention, so the attention term would train nothing. "
+                "Reentrant activation checkpointing loses the gradient of what is captured inside the model, so terms on attention and "
+                "features would train nothing. "
                 "Set activation_checkpointing_kwargs={'use_reentrant': False}."
             )
         if student.shares_attention:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from .counting import Unit
+from .counting import Unit, token_mask
 from .models.adapters import SharedAdapter
 from .models.layer_map import Pairs
 from .pooling import pool_tokens
@@ -57,8 +57,19 @@ class BoundTerm(nn.Module):
         s, t = (s, t) if pair is None else (s[pair[0]], t[pair[1]])
         return (_full(s).mean((2, 3)), _full(t).mean((2, 3))) if self.signal == "pooled_features" else (s, t)
 
-    def bring(self, index: int, s: Tensor, t: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Both sides of pair `index` in the layout of the loss, the student's through its adapter; `mask` is that of the tokens."""
+    @property
+    def remembers(self) -> bool:
+        """Whether it has no value but for training examples, which it remembers."""
+        return not self.term.is_task and "example_ids" in self.loss.needs
+
+    def token_masks(self, student: Signals, teacher: Signals, s: Tensor) -> Tensor | tuple[Tensor | None, Tensor | None]:
+        """bool `(batch, length)` of the tokens that are real for both models; for losses on samples, of each model's own."""
+        if self.loss.layout == "vectors":
+            return student.attention_mask, teacher.attention_mask
+        return token_mask(student, teacher, tuple(s.shape[:2]), s.device)
+
+    def bring(self, index: int, s: Tensor, t: Tensor, mask) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Both sides of pair `index` in the layout of the loss, the student's through its adapter; `mask` as `token_masks` gives it."""
         # Outside autocast: an adapter in half precision would lose the small differences it is there to measure.
         with torch.autocast(s.device.type, enabled=False):
             s, t = self.project(index, _full(s)), t.to(s.device)
@@ -72,8 +83,10 @@ class BoundTerm(nn.Module):
                 elif layout == "vectors":
                     s, t = s.flatten(1), t.flatten(1)
             elif layout == "vectors" and s.dim() == 3:
-                s, t = pool_tokens(s, mask, "mean"), pool_tokens(_full(t), mask, "mean")
-                mask = None if mask is None else mask.any(1)
+                own, other = (None if one is None else one.to(s.device) for one in mask)
+                s, t = pool_tokens(s, own, "mean"), pool_tokens(_full(t), other, "mean")
+                real = [one.any(1) for one in (own, other) if one is not None]
+                mask = torch.stack(real).all(0) if real else None
         return s, t, mask
 
     def project(self, index: int, tensor: Tensor) -> Tensor:
@@ -82,7 +95,7 @@ class BoundTerm(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """The term as resolved, in plain JSON types."""
-        options = {k: v for k, v in self.term.options.items() if not isinstance(v, (Schedule, Mapping))}
+        options = {k: _short(v) for k, v in self.term.options.items() if not isinstance(v, (Schedule, Mapping))}
         options |= {k: _plain(v) for k, v in self.schedules.items()}
         text = {"name": self.name, "loss": self.loss_name, "weight": _plain(self.term.weight), "signal": self.signal, **options}
         if self.layered:
@@ -92,11 +105,18 @@ class BoundTerm(nn.Module):
             }
         if self.signal == "pooled":
             text["pooling"] = self.pooling
-        if len(self.losses) > 1 or any(True for _ in self.loss.parameters()):
-            text["own_parameters"] = sum(p.numel() for p in self.losses.parameters())
+        own = sum(p.numel() for p in self.losses.parameters())
+        if own:
+            text["own_parameters"] = own
         if any(isinstance(adapter, SharedAdapter) or any(True for _ in adapter.parameters()) for adapter in self.adapters):
             text["adapter"] = [type(adapter).__name__ for adapter in self.adapters]
         return text
+
+
+def _short(value: Any) -> Any:
+    """An option for the record: a label for every example is counted, not copied."""
+    long = isinstance(value, Tensor) or isinstance(value, (list, tuple)) and len(value) > 32
+    return f"{len(value)} values" if long else value
 
 
 def _plain(schedule: Schedule) -> float | dict:

@@ -239,6 +239,11 @@ class Capture:
         if isinstance(states, Tensor) and states.dim() == 4 and self.pooling in ("auto", "mean"):
             return states.mean((2, 3))
         if states is None or states.dim() != 3:
+            if isinstance(output, Tensor):
+                raise ValueError(
+                    f"The {self.name} shows no pooled vector, only its logits (as models of timm do). Use signal 'pooled_features' with "
+                    "layer_map '-1:-1': the mean over space of the last stage."
+                )
             seen = "no last_hidden_state" if states is None else f"a last_hidden_state of shape {tuple(states.shape)}"
             raise ValueError(
                 f"The {self.name} returned {seen}, so there are no token vectors (batch, length, width) to pool with pooling={pooling!r}. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,8 +11,12 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, set_seed
 
 from .model_pair import ModelPair
+from .models.peft_student import wrap_student
 from .suggest import did_you_mean
 from .teachers.loading import load_image_processor, load_named_part
+
+
+logger = logging.getLogger(__name__)
 
 
 class ImageModelPair(ModelPair):
@@ -39,8 +44,16 @@ class ImageModelPair(ModelPair):
     def __init__(self, recipe, args, entries: dict[str, Any] | None = None):
         super().__init__(recipe, args, "image", entries)
         self.image_processor = self.teacher_image_processor = None
-        if recipe.student_config and "model_type" in recipe.student_config:
+        another = "model_type" in (recipe.student_config or {})
+        if another:
             self._check_entries(recipe.student_config, "student_config")
+        config = self.teacher.config if self.teacher is not None else self._scratch_config(recipe.teacher_config or {})
+        if not another and recipe.model_name_or_path is None and not hasattr(config, "num_hidden_layers"):
+            raise ValueError(
+                f"A student cannot be built from the teacher, a {config.model_type}: only transformers are cut to fewer or "
+                "narrower blocks. Describe the student with student_config (model_type: resnet, hidden_sizes: [...], ...), or "
+                "pass --model_name_or_path."
+            )
 
     def _check_config(self) -> None:
         if self.recipe.teacher_config:
@@ -69,7 +82,13 @@ class ImageModelPair(ModelPair):
         if named:
             self.image_processor = load_named_part(AutoImageProcessor, named, "image processor of the student", **self.options)
         if recipe.teacher_model_name_or_path:
-            self.teacher_image_processor = load_image_processor(recipe.teacher_model_name_or_path)
+            self.teacher_image_processor = load_image_processor(recipe.teacher_model_name_or_path, **self.options)
+            if self.teacher_image_processor is None:
+                logger.warning(
+                    "There is no image processor beside the teacher %s: it gets images as the student does, whatever it was trained on. "
+                    "Save its processor there (preprocessor_config.json) if it answers badly.",
+                    recipe.teacher_model_name_or_path,
+                )
         if self.image_processor is None:
             built = "model_type" not in (recipe.student_config or {})
             self.image_processor = self.teacher_image_processor if built and self.teacher_image_processor is not None else self._own()
@@ -116,7 +135,8 @@ class ImageModelPair(ModelPair):
         own = {**(self.recipe.student_config or {}), **sizes}
         if self.recipe.model_name_or_path is not None and not sizes or "model_type" not in own:
             return super().student(seed, say, **sizes)
-        return self.from_scratch(own, self.entries, seed=seed)
+        student = self.from_scratch(own, self.entries, seed=seed)
+        return student if self.peft_config is None else wrap_student(student, self.peft_config, seed)
 
 
 def _model_class(sizes: Mapping[str, Any]) -> type[nn.Module] | None:

@@ -24,6 +24,9 @@ def move_to(inputs: Mapping, model: nn.Module) -> dict:
     }
 
 
+_IMAGE_SIZE = 224
+
+
 class NoLogitsError(ValueError):
     """The output of a model has no logits."""
 
@@ -59,7 +62,7 @@ def example_batch(model: nn.Module, rows: int = 2, length: int = 6) -> dict[str,
     device = next(inner.parameters()).device
     main = getattr(inner, "main_input_name", None)
     if config is not None and main == "pixel_values":
-        size = config.image_size
+        size = getattr(config, "image_size", None) or _IMAGE_SIZE  # convolutional networks take any
         height, width = (size, size) if isinstance(size, int) else size
         return {"pixel_values": torch.zeros(rows, getattr(config, "num_channels", 3), height, width, device=device)}
     if config is not None and main == "input_ids":

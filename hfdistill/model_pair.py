@@ -71,8 +71,12 @@ class ModelPair:
         if recipe.stages is not None:
             resolve_stages(recipe.stages)  # a misspelt stage should not wait for the teacher's training
         if name is not None:
-            own = self.entries if recipe.teacher_training else {}
+            own = {**self.entries, **self._other_head} if recipe.teacher_training else {}
             self.teacher = load_teacher(name, task, {**self.options, **own, **(args.teacher_model_init_kwargs or {})})
+
+    @property
+    def _other_head(self) -> dict[str, bool]:
+        return {"ignore_mismatched_sizes": True} if getattr(self.recipe, "ignore_mismatched_sizes", False) else {}
 
     @property
     def auto_class(self):
@@ -174,7 +178,13 @@ class ModelPair:
         config = self.peft_config
         if recipe.model_name_or_path is not None and not sizes:
             given = load_named_part(
-                self.auto_class, recipe.model_name_or_path, "student", revision=recipe.model_revision, **self.options, **self.entries
+                self.auto_class,
+                recipe.model_name_or_path,
+                "student",
+                revision=recipe.model_revision,
+                **self.options,
+                **self.entries,
+                **self._other_head,
             )
             return given if config is None else wrap_student(given, config, seed)
         sizes = {"num_hidden_layers": recipe.student_layers, **(recipe.student_config or {}), **sizes}

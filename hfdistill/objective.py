@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .bound_term import BoundTerm
 from .capture import CapturePlan, plan_for
 from .counting import Denominators, Unit, span_labels, token_mask, valid_labels
+from .losses.task import TaskCrossEntropyLoss
 from .models.layer_map import Pairs, resolve_layer_map
 from .signals import STAGE_SIGNALS, Signals
 from .terms import PAIRS
@@ -48,6 +49,11 @@ class Objective(nn.Module):
         self.vocabulary: int | None = None
         self.register_buffer("teacher_columns", None, persistent=False)  # of the kept tokens, under a student with a pruned vocabulary
         self.task_loss: nn.Module = nn.Identity()
+
+    @property
+    def measures_others(self) -> bool:
+        """Whether a term has a value for rows that are not trained on."""
+        return not all(term.remembers for term in self.terms.values())
 
     def active(self, progress: float) -> list[tuple[BoundTerm, float]]:
         """Terms with their weights at `progress`; those at 0 are left out unless all are."""
@@ -117,7 +123,7 @@ class Objective(nn.Module):
         """
         parts = []
         for term, weight in self.active(progress):
-            if not self.training and not term.term.is_task and "example_ids" in term.loss.needs:
+            if not self.training and term.remembers:
                 continue  # it remembers training examples, of which there are none here
             options = {name: schedule(progress) for name, schedule in term.schedules.items()}
             inputs = {"labels": labels, "soft_labels": soft_labels, "example_ids": example_ids}
@@ -144,7 +150,7 @@ class Objective(nn.Module):
         if term.loss_name == PAIRS:
             return self._pairs_value(term, student, labels)
         if term.term.is_task:
-            return self.task_value(student, labels, inputs["soft_labels"])
+            return self.task_value(student, labels, inputs["soft_labels"], inference=not self.training)
         loss = term.loss_of(index)
         options = {**options, **{name: self._input(term, name, inputs) for name in loss.needs}}
         if term.signal == "logits":
@@ -165,12 +171,12 @@ class Objective(nn.Module):
         return total, count, samples
 
     @staticmethod
-    def _mask(term: BoundTerm, pair, student: Signals, teacher: Signals) -> Tensor | None:
-        """bool `(batch, length)` of the tokens that are real for both models; `None` for maps and vectors."""
+    def _mask(term: BoundTerm, pair, student: Signals, teacher: Signals):
+        """As [`BoundTerm.token_masks`]; `None` for maps and vectors."""
         if term.signal in (*STAGE_SIGNALS, "pooled"):
             return None
         s, _ = term.tensors(pair, student, teacher)
-        return token_mask(student, teacher, tuple(s.shape[:2]), s.device)
+        return term.token_masks(student, teacher, s)
 
     def _input(self, term: BoundTerm, name: str, inputs: Mapping) -> Tensor:
         """What a loss needs from the batch beside the signals."""
@@ -220,6 +226,11 @@ class Objective(nn.Module):
             (logits,), real = _real_positions(student, None, logits)
             labels = span_labels(labels, real)
         if soft_labels is not None:
+            if not isinstance(self.task_loss, TaskCrossEntropyLoss):
+                raise ValueError(
+                    f"Images are mixed, which gives shares of one class each, but the student is trained for {self.problem_type}. Turn "
+                    "mixup and cutmix off."
+                )
             return *self.task_loss(logits, labels, soft_labels), samples
         return *self.task_loss(logits, labels), samples
 

@@ -160,34 +160,48 @@ def warn_of_preparation(student_processor, teacher_processor, collator, dataset)
         )
 
 
-def example_labels(dataset) -> torch.Tensor:
-    """The label of every training example by its `example_id`, -100 where it is unknown.
+def example_labels(dataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """The label of every training example, -100 where it is unknown, and its `example_id`.
 
-    Shapes: integer `(largest id + 1,)`.
+    Shapes: integer `(examples,)` twice; a row that the data repeats counts once.
 
     Raises:
-        ValueError: when the data has no such column, or ids that are no numbers from 0.
+        ValueError: when the data has no such column, ids that are no whole numbers, or no length.
     """
-    if getattr(dataset, "column_names", None):
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(
+            f"A loss that remembers examples has a row for each, but a {type(dataset).__name__} does not tell how many there are. Use a "
+            "data set with a length, or info_nce with a queue."
+        )
+    columns = getattr(dataset, "column_names", None)
+    if columns:
         plain = dataset.with_format(None)
-        rows = {name: plain[name][:] for name in (EXAMPLE_ID, *LABEL_COLUMNS) if name in dataset.column_names}
+        rows = {name: plain[name][:] for name in (EXAMPLE_ID, *LABEL_COLUMNS) if name in columns}
     else:
-        listed = [dataset[i] for i in range(len(dataset))]
-        rows = {name: [row[name] for row in listed] for name in (EXAMPLE_ID, *LABEL_COLUMNS) if listed and name in listed[0]}
+        rows = {}
+        for i in range(len(dataset)):
+            row = dataset[i]
+            for name in {EXAMPLE_ID, *LABEL_COLUMNS} & row.keys():
+                rows.setdefault(name, []).append(row[name])
     if EXAMPLE_ID not in rows:
         raise ValueError(
             f"A loss that remembers examples needs to know them again, but the training data has no column {EXAMPLE_ID!r}. Add one number "
-            "for each example, from 0: dataset.add_column('example_id', range(len(dataset)))."
+            "for each example: dataset.add_column('example_id', range(len(dataset)))."
         )
-    ids = torch.as_tensor(rows.pop(EXAMPLE_ID))
-    if ids.is_floating_point() or ids.dim() != 1 or ids.min() < 0:
-        raise ValueError(f"The column {EXAMPLE_ID!r} must hold whole numbers from 0, got {ids.dtype} from {ids.min().item()}.")
-    labels = torch.full((int(ids.max()) + 1,), -100)
-    for values in list(rows.values())[:1]:
-        values = torch.as_tensor(values)
-        if values.dim() == 1 and not values.is_floating_point():
-            labels[ids] = values.long()
-    return labels
+    ids = _whole_numbers(rows.pop(EXAMPLE_ID))
+    if ids is None:
+        raise ValueError(f"The column {EXAMPLE_ID!r} must hold one whole number for each example, so that it is known again.")
+    labels = next((found for values in rows.values() if (found := _whole_numbers(values)) is not None), torch.full_like(ids, -100))
+    unique, place = ids.unique(return_inverse=True)
+    return torch.full_like(unique, -100).index_copy(0, place, labels), unique
+
+
+def _whole_numbers(values) -> torch.Tensor | None:
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError):  # texts, lists of several lengths
+        return None
+    return None if tensor.is_floating_point() or tensor.dtype == torch.bool or tensor.dim() != 1 else tensor.long()
 
 
 def own_pooling(teacher, student: nn.Module, args) -> str | None:

@@ -101,6 +101,7 @@ class ImageDataArguments(RecipeArguments):
     validation_share: float | None = _(
         None, "Measure on that share of the training images instead of the held-out split, for the choice of settings."
     )
+    ignore_mismatched_sizes: bool = _(False, "Give a checkpoint for other labels a new head; it has to be trained (teacher_training).")
     image_processor_name: str | None = _(None, "Image processor, where it lies neither beside the student nor beside the teacher.")
     image_size: int = _(224, "Height and width for models that have no image processor yet.")
     image_mean: list[float] = _(lambda: [0.5, 0.5, 0.5], "Means of the channels, for models that have no image processor yet.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from .losses import LOSSES
 from .models.peft_student import adapter_settings, is_peft_student
 from .redaction import shareable
 from .report import versions
@@ -27,6 +28,8 @@ HYPERPARAMETERS = (
     "max_steps",
     "optim",
     "lr_scheduler_type",
+    "learning_rate_milestones",
+    "learning_rate_gamma",
     "warmup_steps",
     "weight_decay",
     "max_grad_norm",
@@ -56,13 +59,19 @@ def card_fields(trainer) -> dict[str, Any]:
         "weights_from": _copied(origin),
         "objective": [_row(term) for term in trainer.objective.describe()],
         "layer_map_table": "\n\n".join(tables) or None,
-        "hyperparameters": {name: getattr(trainer.args, name) for name in HYPERPARAMETERS} | adapter_settings(trainer.student.model),
+        "hyperparameters": _hyperparameters(trainer.args) | adapter_settings(trainer.student.model),
         "metric_values": _last_metrics(trainer.state.log_history),
         "pipeline_tag": tag,
         "versions": versions(),
         "repo_id": trainer.hub_model_id,
         **_adapter_fields(trainer, start, tag),
     }
+
+
+def _hyperparameters(args) -> dict[str, Any]:
+    """Those that were used: milestones replace the scheduler, and stand alone."""
+    unused = {"lr_scheduler_type"} if args.learning_rate_milestones else {"learning_rate_milestones", "learning_rate_gamma"}
+    return {name: getattr(args, name) for name in HYPERPARAMETERS if name not in unused}
 
 
 def _copied(origin: dict[str, Any] | None) -> str | None:
@@ -111,6 +120,9 @@ def _teacher_name(teacher) -> str | None:
 
 def _row(term: dict[str, Any]) -> dict[str, Any]:
     row = {key: value for key, value in term.items() if key not in ("signal", "adapter", "layer_reduction")}
+    usual = getattr(LOSSES.get(term["loss"]), "signal", term.get("signal"))
+    if term.get("signal") != usual:
+        row["signal"] = term["signal"]
     if isinstance(row.get("layer_map"), list):
         row["layer_map"] = " ".join(f"{s}:{t}" for s, t in row["layer_map"])
     if "SharedAdapter" in term.get("adapter", ()):

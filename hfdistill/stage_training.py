@@ -193,7 +193,10 @@ def _carry_adapters(previous: DistillationTrainer, trainer: DistillationTrainer)
     same = {
         key: value
         for key, value in before.items()
-        if key in now and now[key].shape == value.shape and not any(key.startswith(f"terms.{name}.") for name in changed)
+        if ".losses." not in key  # a memory or a queue belongs to its data and its teacher
+        and key in now
+        and now[key].shape == value.shape
+        and not any(key.startswith(f"terms.{name}.") for name in changed)
     }
     with torch.no_grad():
         for key, value in same.items():

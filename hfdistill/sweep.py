@@ -329,7 +329,7 @@ class _Trials:
         """Training arguments of a trial."""
         settings = {name: self._suggest(trial, name, values) for name, values in self.space.items()}
         if self.seeds:
-            seed = self.seeds[0]
+            seed = self.seeds[trial.number % len(self.seeds)]
             trial.set_user_attr("seed", seed)
         else:
             seed = trial.suggest_int("seed", 0, 2**32 - 1)

@@ -243,7 +243,8 @@ class DistillationTrainer(TrainerFiles, TrainerSearch):
         extra = [] if self.teacher is None else self.teacher.columns
         extra = [*extra, *(f"{TEACHER_PREFIX}{name}" for name in extra), *([EXAMPLE_ID] if self._needs_example_ids else [])]
         collator = getattr(self.data_collator, "columns", [])
-        self._signature_columns += [name for name in [*extra, *collator, TARGET_MASK, "labels"] if name not in self._signature_columns]
+        kept = [*extra, *collator, TARGET_MASK, SOFT_LABELS, "labels"]
+        self._signature_columns += [name for name in kept if name not in self._signature_columns]
 
     def call_model_init(self, trial=None):
         self._set_up_trial(trial)
@@ -304,7 +305,7 @@ class DistillationTrainer(TrainerFiles, TrainerSearch):
         `num_items_in_batch` is not used: it counts labels only. See `hfdistill.counting`.
         """
         training = model.training and self._window is not None
-        if training or (self.args.eval_with_teacher and self.teacher is not None):
+        if training or (self.args.eval_with_teacher and self.teacher is not None and self.objective.measures_others):
             logits, parts = self._parts(model, inputs, self._window if training else None)
             loss = sum(part.weight * part.value for part in parts)
             if training:
@@ -416,6 +417,8 @@ class DistillationTrainer(TrainerFiles, TrainerSearch):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         if self.objective.task == "features":
             return self._pooled_prediction(model, inputs, prediction_loss_only)
+        if ignore_keys is None and hasattr(self.student.inner, "distillation_classifier"):  # one answer, with labels or without
+            ignore_keys = [*getattr(self.student.inner.config, "keys_to_ignore_at_inference", []), "cls_logits", "distillation_logits"]
         labelled = all(inputs.get(name) is not None for name in self.label_names) and bool(self.label_names)
         if not (labelled and self.args.eval_with_teacher):
             keep = {*self.student.columns, *self.label_names}
@@ -488,7 +491,7 @@ class _ObjectiveCallback(TrainerCallback):
         tables = self.trainer.layer_map_tables()
         if tables and state.is_world_process_zero:
             for name, table in tables.items():
-                print(f"Layer map of the term {name!r} (blocks count from 0):\n{table}\n")
+                print(f"Layer map of the term {name!r} (blocks and stages count from 0):\n{table}\n")
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.objective.zero_grad()

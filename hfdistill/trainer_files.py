@@ -6,7 +6,7 @@ import json
 import logging
 import os
 
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from .hub import distillation_card
@@ -71,8 +71,11 @@ class TrainerFiles(Trainer):
         if not self._renamed:
             return
         inner = unwrap_peft(self.accelerator.unwrap_model(model))
-        stored, info = type(inner).from_pretrained(folder, output_loading_info=True)
-        if inner is not self.accelerator.unwrap_model(model) or info["missing_keys"] or info["unexpected_keys"]:
+        plain = isinstance(inner, PreTrainedModel) and inner is self.accelerator.unwrap_model(model)
+        stored, info = inner, {"missing_keys": ["those of the model"], "unexpected_keys": []}
+        if plain:
+            stored, info = type(inner).from_pretrained(folder, output_loading_info=True)
+        if info["missing_keys"] or info["unexpected_keys"]:
             raise ValueError(
                 f"The checkpoint {os.path.basename(folder)} holds other weights than {type(inner).__name__} has (missing: "
                 f"{sorted(info['missing_keys'])[:3]}, unexpected: {sorted(info['unexpected_keys'])[:3]}): training would go on from random "

@@ -113,3 +113,18 @@ def test_a_teacher_given_by_name(tmp_path):
         objective=[Term("hard_targets")],
     )
     assert type(trainer.teacher.model).__name__ == "ResNetForImageClassification"
+
+
+def test_predictions_are_one_array_with_labels_and_without(tmp_path):
+    trainer, _ = setup(tmp_path, [Term("task"), Term("hard_targets")])
+    batch = vision.batch(32, rows=8)
+    labelled = trainer.predict(Rows(batch)).predictions
+    del batch["labels"]
+    assert torch.equal(torch.from_numpy(trainer.predict(Rows(batch)).predictions), torch.from_numpy(labelled))
+
+
+def test_the_task_loss_of_evaluation_does_not_depend_on_the_teacher(tmp_path):
+    terms, data = [Term("task"), Term("soft_targets")], Rows(vision.batch(32, rows=8))
+    plain, _ = setup(tmp_path, terms)
+    full, _ = setup(tmp_path, terms, eval_with_teacher=True)
+    assert full.evaluate(data)["eval_task"] == pytest.approx(plain.evaluate(data)["eval_loss"], rel=1e-6)

@@ -11,7 +11,8 @@ from training import Rows, arguments, pad, run
 
 from hfdistill import DistillationTrainer, Term
 from hfdistill.capture import Capture, CapturePlan
-from hfdistill.models.stages import feature_map, token_grid
+from hfdistill.losses import CRDLoss, VIDLoss
+from hfdistill.models.stages import feature_map, special_token_count, token_grid
 
 
 # Heights and channels of the stages of `vision.build(family)`, from the configs and the papers' strides.
@@ -140,6 +141,8 @@ def test_a_step_under_a_teacher_of_the_same_family(family, tmp_path):
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
     teacher_before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     terms = [*TERMS]
+    if family == "levit":  # its last stages have a single position here, whose attention is 1
+        terms[2] = Term("attention_transfer", weight=10.0, layer_map="0:0")
     if family in ATTENTION:
         terms += [Term("attention_kl", weight=0.1, options={"heads": "mean"}), Term("cosine", weight=0.1)]
     data = Rows(vision.batch(side_of(family), rows=8))
@@ -248,7 +251,7 @@ def test_similar_stages(tmp_path):
 
 REFUSED = {
     "no such module": (dict(layer_map="encoder.stage.1:0"), "names the module 'encoder.stage.1' of the student .*Did you mean"),
-    "no such stage": (dict(layer_map="4:0"), "the student has 4 blocks: 0 to 3"),
+    "no such stage": (dict(layer_map="4:0"), "the student has 4 stages: 0 to 3.* the stem is not a stage"),
     "no map": (dict(layer_map="classifier:0"), "gave neither a map nor patch tokens"),
     "random": (dict(layer_map="random"), "cannot draw its layer map anew each step"),
 }
@@ -401,15 +404,108 @@ def test_losses_that_remember_examples_have_no_part_in_evaluation(tmp_path):
     assert all(torch.equal(tensor, trainer.objective.state_dict()[key]) for key, tensor in banks.items())
 
 
+RELATIONS_BY_STAGE = [Term("rkd_distance", signal="pooled_features", layer_map="-1:-1") if t.name == "rkd_distance" else t for t in TERMS]
+
+
+class Net(nn.Module):
+    """As timm's ResNets are made: a stem `act1`, stages `layer1`, `layer2`, no list of them, `feature_info`, logits and nothing else."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1, self.act1 = nn.Conv2d(3, channels, 3, 2, 1), nn.ReLU()
+        self.layer1, self.layer2 = nn.Conv2d(channels, channels, 3, 2, 1), nn.Conv2d(channels, 2 * channels, 3, 2, 1)
+        self.fc = nn.Linear(2 * channels, 3)
+        self.feature_info = [{"module": "act1"}, {"module": "layer1"}, {"module": "layer2"}]
+
+    def forward(self, pixels):
+        return self.fc(self.layer2(self.layer1(self.act1(self.conv1(pixels))).relu()).mean((2, 3)))
+
+
+class Wrapper(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.timm_model = Net(channels)
+
+    def forward(self, pixel_values):
+        return {"logits": self.timm_model(pixel_values)}
+
+
+def test_stages_as_timm_lists_them_without_its_stem(tmp_path):
+    trainer, _ = run(Wrapper(4), Wrapper(8), Rows(vision.batch(64, rows=4)), arguments(tmp_path), objective=RELATIONS_BY_STAGE)
+    assert trainer.student.find_stages(vision.batch(64)).names == ["timm_model.layer1", "timm_model.layer2"]
+    assert all(trainer.state.log_history[0][term.name] >= 0 for term in TERMS)
+
+
 def test_a_timm_model_through_the_wrapper_of_transformers(tmp_path):
-    timm = pytest.importorskip("timm")
+    pytest.importorskip("timm")  # needs torchvision, which has no build beside the torch of the test machines
     import transformers
 
-    name = "resnet10t.c3_in1k"
-    assert name.split(".")[0] in timm.list_models("resnet10t")
-    models = [transformers.TimmWrapperForImageClassification(transformers.TimmWrapperConfig(name, num_labels=3)) for _ in range(2)]
-    trainer, _ = run(*models, Rows(vision.batch(64, rows=4)), arguments(tmp_path), objective=TERMS)
+    models = [transformers.TimmWrapperForImageClassification(transformers.TimmWrapperConfig("resnet10t", num_labels=3)) for _ in range(2)]
+    trainer, _ = run(*models, Rows(vision.batch(64, rows=4)), arguments(tmp_path), objective=RELATIONS_BY_STAGE)
     assert all(term.name in trainer.state.log_history[0] for term in TERMS)
+
+
+def test_class_tokens_of_clip_are_not_patches():
+    import transformers
+
+    config = transformers.CLIPVisionConfig(
+        hidden_size=16, num_hidden_layers=6, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=8
+    )
+    model = transformers.CLIPVisionModel(config).eval()
+    assert special_token_count(model) == 1
+    assert [tuple(m.shape[1:]) for m in everything(Capture(model, "student"), vision.batch(32)).values()] == [(16, 4, 4)] * 6
+
+
+def test_attention_of_a_single_position_is_refused(tmp_path):
+    """It is 1 whatever the model does: a loss that never moves anything."""
+    for loss in ("attention_transfer", "factor_transfer"):
+        with pytest.raises(ValueError, match="a mapped layer has a single position .* Map earlier stages"):
+            run(
+                vision.build("levit", 1), vision.build("levit", 2), Rows(vision.batch(64, rows=4)), arguments(tmp_path),
+                objective=[Term(loss, layer_map="-1:-1")],
+            )  # fmt: skip
+
+
+def test_relations_of_models_with_other_numbers_of_tokens(tmp_path):
+    """A ViT has 17 tokens, a DeiT 18: one vector a sample each, so they can be compared."""
+    term = Term("rkd_distance", signal="hidden_states", layer_map="0:0")
+    trainer, _ = run(vision.build("vit", 1), vision.build("deit", 2), Rows(vision.batch(32, rows=4)), arguments(tmp_path), objective=[term])
+    assert trainer.state.log_history[0]["rkd_distance"] > 0
+
+
+def test_features_under_reentrant_checkpointing_are_refused(tmp_path):
+    args = arguments(tmp_path, activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(ValueError, match="Reentrant activation checkpointing loses the gradient"):
+        run(vision.build("vit", 1), vision.build("vit", 2), Rows(vision.batch(32)), args, objective=[Term("hint", layer_map="0:0")])
+
+
+def test_a_loss_given_as_an_object_is_copied_for_each_run(tmp_path):
+    """Two trainers of one list of terms (two seeds) start from the same memory, and one object in two terms is two losses."""
+    crd, vid = CRDLoss(dim=4, negatives=3), VIDLoss()
+    terms = [Term(crd), Term(vid, name="low", layer_map="0:0"), Term(vid, name="high", layer_map="1:2")]
+    draws = []
+    for seed in (1, 2):
+        args = arguments(tmp_path / str(seed), save_strategy="steps", save_steps=1)
+        trainer, _ = run(vision.build("vit", 1, seed=seed), vision.build("vit", 2), Rows(vision.batch(32, rows=8)), args, objective=terms)
+        draws.append(int(trainer.objective.terms["CRDLoss"].loss.draws))
+    assert draws == [1, 1] and crd.examples is None and not list(vid.parameters())
+
+
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+@pytest.mark.parametrize("loss", ["hard_targets", "dist", "standardized_soft_targets", "decoupled", "margin_mse"])
+def test_a_softmax_over_labels_that_do_not_exclude_each_other_is_refused(loss, problem, tmp_path):
+    batch = vision.batch(32)
+    batch["labels"] = torch.ones(4, 3)
+    models = [vision.build("vit", scale, problem_type=problem) for scale in (1, 2)]
+    with pytest.raises(ValueError, match=f"compares one class a row, but the student is trained for {problem}. Use soft_targets"):
+        run(*models, Rows(batch), arguments(tmp_path), objective=[Term(loss)])
+
+
+def test_an_objective_that_only_remembers_is_evaluated_by_its_task_loss(tmp_path):
+    student, data = vision.build("vit", 1), Rows(vision.batch(32, rows=8))
+    args = arguments(tmp_path, eval_with_teacher=True)
+    trainer, _ = run(student, vision.build("vit", 2), data, args, objective=[Term("crd", options={"dim": 4, "negatives": 3})])
+    assert trainer.evaluate(data)["eval_loss"] > 0
 
 
 def test_temperatures_of_another_kind_keep_their_default(tmp_path):

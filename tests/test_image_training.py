@@ -187,3 +187,25 @@ def test_milestones_of_the_learning_rate(tmp_path):
 def test_milestones_that_cannot_be_meant(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         arguments(tmp_path, **options)
+
+
+def test_the_card_names_the_milestones_that_were_used(tmp_path):
+    args = arguments(tmp_path, learning_rate_milestones=[0.5])
+    trainer = DistillationTrainer(vision.build("vit", 1), args, teacher=vision.build("vit", 2), train_dataset=Rows(vision.batch(32)))
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "learning_rate_milestones" in card and "lr_scheduler_type" not in card
+    trainer = DistillationTrainer(
+        vision.build("resnet"), arguments(tmp_path), teacher=vision.build("resnet"), objective=[Term("cosine", signal="features")]
+    )  # without data: any size of image will do
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "learning_rate_milestones" not in card and "lr_scheduler_type" in card and "| features |" in card
+
+
+def test_mixed_images_of_several_labels_are_refused(images, tmp_path):
+    batch = vision.batch(32, rows=4)
+    batch |= {"labels": torch.ones(4, 3), "soft_labels": torch.full((4, 3), 1 / 3)}
+    student = vision.build("vit", 1, problem_type="multi_label_classification")
+    with pytest.raises(ValueError, match="Images are mixed, .* trained for multi_label_classification. Turn mixup and cutmix off"):
+        run(student, None, Rows(batch), arguments(tmp_path), objective=[Term("task")])

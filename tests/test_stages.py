@@ -346,3 +346,24 @@ def test_card_and_results_show_the_objective_of_every_stage(tmp_path):
     assert "It was trained in stages" in card and "jiao2020tinybert" in card  # TinyBERT's losses stand in earlier stages
     for stage, name in expected:
         assert any(line.startswith(f"| {stage} | {name} |") for line in card.splitlines()), (stage, name)
+
+
+def test_memories_and_queues_are_not_carried_into_another_stage(tmp_path):
+    """They belong to the data and the teacher of their stage; the adapters of the same term are carried."""
+    import vision_families as vision
+    from training import Rows, arguments, run
+
+    from hfdistill import Term
+    from hfdistill.stage_training import _carry_adapters
+
+    terms = [Term("info_nce", options={"queue_size": 16, "projection": 4}), Term("hint", layer_map="0:0")]
+    trainers = [
+        run(vision.build("vit", 1), vision.build("vit", 2), Rows(vision.batch(32)), arguments(tmp_path / str(i)), objective=terms)[0]
+        for i in range(2)
+    ]
+    for tensor in trainers[0].objective.state_dict().values():
+        tensor.add_(1)
+    before = {key: tensor.clone() for key, tensor in trainers[1].objective.state_dict().items()}
+    carried = _carry_adapters(*trainers)
+    changed = {key for key, tensor in trainers[1].objective.state_dict().items() if not torch.equal(tensor, before[key])}
+    assert changed == {key for key in before if key.startswith("terms.hint.adapters")} and carried == len(changed) == 2

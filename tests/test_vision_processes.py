@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import vision_families as vision
+from safetensors.torch import load_file
 from training import Rows, arguments, run
 
 from hfdistill import Term
@@ -79,9 +80,25 @@ def test_a_resumed_run_goes_on_with_the_same_memory_bank(tmp_path):
         for key, tensor in ours.state_dict().items():
             assert torch.equal(tensor, theirs.state_dict()[key]), key
     banks = [key for key in whole.objective.state_dict() if "memory" in key]
+    early = load_file(tmp_path / "whole/checkpoint-2/distillation_state.safetensors")
     assert len(banks) == 2
-    fresh = go(tmp_path / "fresh")
-    assert any(not torch.equal(fresh.objective.state_dict()[key], torch.zeros_like(fresh.objective.state_dict()[key])) for key in banks)
+    for key in banks:  # the run went on writing into them
+        assert not torch.equal(early[key], whole.objective.state_dict()[key])
+
+
+def test_memories_have_a_row_for_each_training_example_and_for_nothing_else(tmp_path):
+    """Ids with gaps, as a split leaves them: 8 rows, not 9001, and negatives are training examples."""
+    batch = vision.batch(32, rows=8)
+    batch["example_id"] = torch.tensor([9000, 3, 70, 12, 500, 41, 8, 33])
+    trainer, _ = run(vision.build("vit", 1), vision.build("vit", 2), Rows(batch), arguments(tmp_path), objective=TERMS["crd"])
+    loss = trainer.objective.terms["crd"].loss
+    assert loss.examples == 8 and loss.memory_v1.shape == (8, 8)
+    same = vision.batch(32, rows=8)
+    order = batch["example_id"].argsort()
+    same["example_id"] = torch.empty(8, dtype=torch.long).scatter(0, order, torch.arange(8))  # the same order without gaps
+    other, _ = run(vision.build("vit", 1), vision.build("vit", 2), Rows(same), arguments(tmp_path), objective=TERMS["crd"])
+    assert trainer.state.log_history[0]["crd"] == other.state.log_history[0]["crd"]
+    assert torch.equal(loss.memory_v1, other.objective.terms["crd"].loss.memory_v1)
 
 
 def test_a_memory_bank_needs_numbered_examples(tmp_path):

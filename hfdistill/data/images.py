@@ -18,6 +18,7 @@ from .splits import MISSING, Splits
 
 
 _IMAGE_COLUMNS, _LABEL_COLUMNS = ("image", "img"), ("label", "labels")
+_BEGINNING = 65_536
 _DIRECTORIES = "one folder of images for each class"
 
 
@@ -47,7 +48,7 @@ class ImageData(Splits):
         )
 
     def fingerprint(self) -> str:
-        """sha256 of every image and label that is used, in order. Each file is read once; of embedded images the pixels count."""
+        """sha256 of every image and label that is used, in order: of files their size and first 64 KiB, of embedded images the pixels."""
         digest, known = hashlib.sha256(json.dumps(self.label_names).encode()), {}
         with ThreadPoolExecutor(8) as pool:  # files are read and hashed outside the interpreter's lock
             for split in (self.teacher_train, self.labelled, self.transfer, *self.evaluation.values()):
@@ -63,11 +64,11 @@ class ImageData(Splits):
         if self.embedded:  # PNG files of equal pixels differ from one version of Pillow to the next
             image = open_image(stored)
             return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
-        data = stored["bytes"]
-        if data is None:
+        data, size = stored["bytes"], len(stored["bytes"] or b"")
+        if data is None:  # its beginning tells images apart, where all of a large data set would be read by every process
             with open(stored["path"], "rb") as file:
-                data = file.read()
-        return hashlib.sha256(data).hexdigest()
+                data, size = file.read(_BEGINNING), os.fstat(file.fileno()).st_size
+        return hashlib.sha256(f"{size} ".encode() + data[:_BEGINNING]).hexdigest()
 
 
 def load_image_data(recipe) -> ImageData:

@@ -51,6 +51,8 @@ class DistillationLoss(nn.Module):
     """What `compute` takes as keywords beside what is scheduled: `labels` (one for each row) and `example_ids` (one for each sample)."""
     compares_widths: ClassVar[bool] = True
     """Whether it needs both sides of one width. Where not, no adapter is made for it."""
+    one_class_a_row: ClassVar[bool] = False
+    """Whether it reads logits as a softmax over classes of which one is right: not for several labels, regression and spans."""
     scheduled: ClassVar[tuple[str, ...]] = ()
     """Names of float attributes that may follow a schedule; `forward` takes them as keywords."""
 

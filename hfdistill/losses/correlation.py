@@ -42,6 +42,7 @@ class DISTLoss(BatchLoss):
             shapes differ, or if there is only one class.
     """
 
+    one_class_a_row = True
     signal = "logits"
     signals = ("logits",)
     layout = "rows"

@@ -47,6 +47,7 @@ class DecoupledLoss(DistillationLoss):
         (0.0, 1)
     """
 
+    one_class_a_row = True
     needs = ("labels",)
     unit = "labels"
     scheduled = ("temperature",)

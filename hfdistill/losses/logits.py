@@ -144,6 +144,8 @@ class StandardizedSoftTargetsLoss(SoftTargetsLoss):
         ValueError: if `temperature` is not a finite number > 0, if the shapes differ, or if there is only one class.
     """
 
+    one_class_a_row = True
+
     def __init__(self, temperature: float = 2.0):
         super().__init__(temperature)
 
@@ -177,6 +179,8 @@ class HardTargetsLoss(DistillationLoss):
         >>> round(value.total.item(), 4)  # log 4
         1.3863
     """
+
+    one_class_a_row = True
 
     def compute(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> LossValue:
         check_classes(student, teacher)

@@ -80,6 +80,9 @@ class AttentionTransferLoss(MapLoss):
             )
         self.power, self.form = check_power(power), form
 
+    def prepare(self, student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
+        check_positions(type(self).__name__, student)
+
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         difference = attention_vectors(student, self.power) - attention_vectors(teacher, self.power)
         if self.form == "code":
@@ -124,6 +127,9 @@ class FactorTransferLoss(MapLoss):
                 "Use 1 (the paper) or 2 (attention transfer)."
             )
         self.power, self.norm = check_power(power), norm
+
+    def prepare(self, student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
+        check_positions(type(self).__name__, student)
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         difference = attention_vectors(student, self.power) - attention_vectors(teacher, self.power)
@@ -231,3 +237,12 @@ def check_map_lists(student: Sequence[Tensor], teacher: Sequence[Tensor], loss: 
                 f"{loss} got maps of {student[0].size(0)} and of {s.size(0)} samples: they are not of one batch. "
                 "Pass the layers of one forward pass."
             )
+
+
+def check_positions(loss: str, shape: tuple[int, ...]) -> None:
+    """Raises `ValueError` for maps of a single position, whose attention is 1 whatever the model does."""
+    if tuple(shape[-2:]) == (1, 1):
+        raise ValueError(
+            f"{loss} compares where a layer is active, but a mapped layer has a single position (shape {tuple(shape)}): the loss would be "
+            "a constant without a gradient. Map earlier stages (layer_map), or feed larger images."
+        )

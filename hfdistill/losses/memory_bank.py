@@ -136,13 +136,14 @@ class CRDLoss(DistillationLoss):
         """Z of the student's and of the teacher's side, `(2,)`; -1 where it is not set yet."""
         return torch.where(self.log_z == _NOT_SET, -1, self.log_z.exp())
 
-    def set_examples(self, labels: Tensor) -> None:
+    def set_examples(self, labels: Tensor, ids: Tensor | None = None) -> None:
         """Makes the memories, for as many training examples as there are labels. Forgets what was in them.
 
         Called once, before training and before a saved state is loaded.
 
         Args:
-            labels (`Tensor`): integer `(N,)`, the label of each example by its id; -100 where there is none.
+            labels (`Tensor`): integer `(N,)`, the label of each example; -100 where there is none.
+            ids (`Tensor`, *optional*): integer `(N,)`, the id of each. Default: 0 to N - 1, in order.
 
         Raises:
             ValueError: unless there are at least two, of at least two classes; for `mode="relax"` without labels.
@@ -170,6 +171,13 @@ class CRDLoss(DistillationLoss):
         self._by_class = group.argsort(stable=True)  # ids, class after class
         self._class_size = sizes[group]  # of each example's class ...
         self._class_start = (sizes.cumsum(0) - sizes)[group]  # ... and where it begins in `_by_class`
+        ids = torch.arange(len(labels)) if ids is None else ids.detach().cpu().long()
+        if ids.shape != labels.shape or len(ids.unique()) < len(ids):
+            raise ValueError(
+                f"There are {len(labels)} labels and {len(ids.unique())} different ids of training examples: each example needs an id of "
+                "its own. Number them once, before the data is split or repeated."
+            )
+        self._ids, self._row_of_id = ids.sort()
         generator, bound = torch.Generator().manual_seed(self.seed), 1 / math.sqrt(self.dim / 3)
         like = self.log_z
         for name in ("memory_v1", "memory_v2"):
@@ -265,22 +273,23 @@ class CRDLoss(DistillationLoss):
             )
 
     def _checked_ids(self, example_ids: Tensor | None, samples: int, mask: Tensor | None) -> Tensor:
-        """The ids of the samples that count, on the CPU, where negatives are drawn."""
+        """The memory rows of the samples that count, on the CPU, where negatives are drawn."""
         if example_ids is None or example_ids.shape != (samples,) or example_ids.is_floating_point():
             seen = "none" if example_ids is None else f"{tuple(example_ids.shape)} ({example_ids.dtype})"
             raise ValueError(
                 f"CRD needs the id of each of the {samples} samples, an integer, to find it in its memories, got {seen}. Give the data a "
-                "column 'example_ids' with the position of each example in the training data."
+                "column 'example_id' with one number for each example."
             )
         ids = (example_ids if mask is None else example_ids[mask.to(example_ids.device)]).cpu().long()
-        wrong = ids[(ids < 0) | (ids >= self.memory_v1.size(0))]
+        place = torch.searchsorted(self._ids, ids).clamp(max=len(self._ids) - 1)
+        wrong = ids[self._ids[place] != ids]
         if len(wrong):
             raise ValueError(
-                f"The example id {int(wrong[0])} has no row in the memories of CRD, which were made for {self.memory_v1.size(0)} training "
-                f"examples, ids 0 to {self.memory_v1.size(0) - 1}. Number the training examples from 0, and train on the data that "
-                "set_examples saw."
+                f"The example id {int(wrong[0])} has no row in the memories of CRD, which were made for {len(self._ids)} training examples "
+                f"with ids from {int(self._ids[0])} to {int(self._ids[-1])}. Train on the data that set_examples saw, and keep the column "
+                "'example_id' as it is."
             )
-        return ids
+        return self._row_of_id[place]
 
 
 def _scores(vectors: Tensor, memory: Tensor, chosen: Tensor) -> Tensor:

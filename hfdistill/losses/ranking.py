@@ -35,6 +35,8 @@ class MarginMSELoss(DistillationLoss):
         ValueError: if `positive` is no integer >= 0 or no column of the scores, if the shapes differ, or if there is one candidate.
     """
 
+    one_class_a_row = True
+
     def __init__(self, positive: int = 0):
         super().__init__()
         if isinstance(positive, bool) or not isinstance(positive, int) or positive < 0:

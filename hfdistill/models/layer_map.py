@@ -181,9 +181,10 @@ def _index(value: Any, depth: int, role: str, spec: Any, named: bool = False) ->
             return value.strip()
         raise ValueError(f"layer_map {spec!r} has {value!r} where the number of a {role} block belongs. {_CURE}") from None
     if not -depth <= index < depth:
+        kind, first = ("stage", "the stem is not a stage") if named else ("block", "the embeddings are not a block")
         raise ValueError(
-            f"layer_map {spec!r} names {role} block {index}, but the {role} has {depth} blocks: 0 to {depth - 1}, or -1 to -{depth} "
-            "from the end. Blocks count from 0 and the embeddings are not a block."
+            f"layer_map {spec!r} names {role} {kind} {index}, but the {role} has {depth} {kind}s: 0 to {depth - 1}, or -1 to -{depth} "
+            f"from the end. {kind.capitalize()}s count from 0 and {first}."
         )
     return index % depth
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from ..suggest import did_you_mean
 from .anatomy import unwrap_peft
 
 
-_SPECIAL_TOKENS = ("cls_token", "distillation_token", "register_tokens", "dist_token", "reg_token")  # the last two are timm's
+_SPECIAL_TOKENS = ("cls_token", "distillation_token", "register_tokens", "dist_token", "reg_token", "class_embedding")  # timm's, CLIP's
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,11 @@ def find_module(model: nn.Module, name: str, role: str) -> nn.Module:
 
 def special_token_count(model: nn.Module) -> int:
     """Class, distillation and register tokens in front of the patch tokens."""
-    counts = {name: p.size(-2) for name, p in unwrap_peft(model).named_parameters() if name.rpartition(".")[2] in _SPECIAL_TOKENS}
-    kinds = {name.rpartition(".")[2]: count for name, count in counts.items()}
+    kinds = {}
+    for name, parameter in unwrap_peft(model).named_parameters():
+        kind = name.rpartition(".")[2]
+        if kind in _SPECIAL_TOKENS:
+            kinds[kind] = parameter.size(-2) if parameter.dim() > 1 else 1
     return sum(kinds.values())
 
 
@@ -132,7 +136,10 @@ def _listed_by_timm(inner: nn.Module) -> list[tuple[str, nn.Module]] | None:
     entries = getattr(info, "info", info)
     if not isinstance(entries, (list, tuple)) or not entries:
         return None
-    names = [f"timm_model.{entry['module']}" for entry in entries if entry.get("module")]
+    paths = [entry["module"] for entry in entries if entry.get("module")]
+    # `act1, layer1, layer2, ...` of a ResNet begins with its stem; stages are called alike.
+    kinds = [re.sub(r"\d+", "", path.partition(".")[0]) for path in paths]
+    names = [f"timm_model.{path}" for path, kind in zip(paths, kinds) if kind == kinds[-1]]
     modules = dict(inner.named_modules())
     named = [(name, modules[name]) for name in names if name in modules]
     return named or None

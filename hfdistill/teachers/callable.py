@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 
 import torch
 from torch import Tensor
 
 from ..capture import CapturePlan
 from ..model_outputs import logits_of
-from ..signals import SIGNALS, Signals
+from ..signals import Signals
 
 
 class CallableTeacher:
@@ -30,7 +31,7 @@ class CallableTeacher:
         signals = result if isinstance(result, Signals) else Signals(logits=logits_of(result))
         if signals.attention_mask is None and isinstance(batch.get("attention_mask"), Tensor) and batch["attention_mask"].dim() == 2:
             signals.attention_mask = batch["attention_mask"].bool()
-        for name in SIGNALS:
+        for name in (field.name for field in fields(CapturePlan)):
             wanted, got = getattr(plan, name), getattr(signals, name)
             missing = sorted(wanted - set(got)) if isinstance(wanted, frozenset) else ([""] if wanted and got is None else [])
             if missing:

@@ -46,6 +46,13 @@ def load_named_part(auto_class, name_or_path: str, role: str, **options):
     """
     try:
         return auto_class.from_pretrained(name_or_path, **options)
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"The {role} {name_or_path!r} has weights of other sizes than asked for, as a head for other labels has. Pass "
+            "--ignore_mismatched_sizes true, which gives it a new head (image_classification.py), or a checkpoint for these labels."
+        ) from error
     except OSError as error:
         raise ValueError(
             f"The {role} {name_or_path!r} is neither a folder with a model nor a Hub id that can be reached ({_first_line(error)}). Check "
@@ -61,10 +68,10 @@ def load_tokenizer(name_or_path: str, revision: str | None = None):
         return None
 
 
-def load_image_processor(name_or_path: str, revision: str | None = None):
+def load_image_processor(name_or_path: str, revision: str | None = None, **options):
     """The image processor that lies beside a model, or `None` where there is none."""
     try:
-        return transformers.AutoImageProcessor.from_pretrained(name_or_path, revision=revision)
+        return transformers.AutoImageProcessor.from_pretrained(name_or_path, revision=revision, **options)
     except (OSError, ValueError, KeyError, ImportError):
         return None
 

@@ -849,6 +849,6 @@ def test_bad_ids(ids):
 @pytest.mark.parametrize("wrong", [12, -1])
 def test_ids_without_a_row(wrong):
     loss = prepared(CRDLoss(dim=4, examples=12), batches=0)
-    message = f"The example id {wrong} has no row in the memories of CRD, which were made for 12 training examples, ids 0 to 11."
+    message = f"The example id {wrong} has no row in the memories of CRD, which were made for 12 training examples with ids from 0 to 11."
     with pytest.raises(ValueError, match=re.escape(message)):
         loss(torch.zeros(2, 6), torch.zeros(2, 9), example_ids=torch.tensor([3, wrong]))
