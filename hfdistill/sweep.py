@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,12 @@ def run_sweep(
     args = replace(args, push_to_hub=False, eval_strategy="no", load_best_model_at_end=False)
 
     def search(run, _, build, trainer_for, datasets, teachers, metric):
-        trainer = trainer_for(build(seeds[0]), run.settings("sweep", seed=seeds[0]), datasets["train"], teachers["teacher"])
-        trainer.model_init = lambda: build(trainer.args.seed)
-        trials_of = _Trials(trainer, run, space, args, metric, anew=recipe.overwrite_output_dir)
+        def trainer_of(seed: int):
+            trainer = trainer_for(build(seed), run.settings("sweep", seed=seed), datasets["train"], teachers["teacher"])
+            trainer.model_init = lambda: build(seed)
+            return trainer
+
+        trials_of = _Trials(trainer_of, run, space, args, metric, anew=recipe.overwrite_output_dir)
         record = Path(run.folder("teacher"), "arm.json")  # not there for a teacher that is not trained
         teacher = json.loads(record.read_text())["metrics"][f"eval_{metric}"] if record.is_file() else None
         return metric, teacher, trials_of.grid(seeds) if kind == "grid" else trials_of.sampled(trials, seeds)
@@ -216,6 +220,8 @@ def on_validation_data(main: Callable[..., Any], recipe: Any) -> Any:
             "This recipe measures on the data that it reports, and settings chosen there would report their luck. Sweep a recipe with "
             "validation_share, such as image_classification."
         )
+    if getattr(recipe, "stages", None):
+        raise ValueError("This config is in stages, each with settings of its own. A sweep needs a config with one objective.")
     share = VALIDATION_SHARE if recipe.validation_share is None else recipe.validation_share
     if not 0 < share < 1:
         raise ValueError(f"validation_share={share} would compare settings on the test data. Hold out a share such as {VALIDATION_SHARE}.")
@@ -256,10 +262,11 @@ def best_as_yaml(settings: Mapping[str, Any], args: Any) -> str:
 class _Trials:
     """The trials of one run in its database, and what is missing there."""
 
-    def __init__(self, trainer, run, space: Mapping[str, Any], args: Any, metric: str, anew: bool):
+    def __init__(self, trainer_of: Callable[[int], Any], run, space: Mapping[str, Any], args: Any, metric: str, anew: bool):
         import optuna
 
-        self.trainer, self.run, self.space, self.args, self.metric = trainer, run, space, args, metric
+        self.trainer_of = cache(trainer_of)  # one for each seed: its images are changed by the seed, too
+        self.run, self.space, self.args, self.metric = run, space, args, metric
         root = run.root.resolve()
         root.mkdir(parents=True, exist_ok=True)
         if anew:
@@ -291,9 +298,11 @@ class _Trials:
             if not missing:
                 break
             self.run.say(f"Trial {len(wanted) - len(missing) + 1} of {len(wanted)}: {_words(missing[0])}")
-            if not any(trial.state.name == "WAITING" for trial in trials):  # of a command that was killed before it began
+            # One may be waiting, of a command that was killed before it began; it comes first.
+            waiting = [trial.system_attrs["fixed_params"] for trial in trials if trial.state.name == "WAITING"]
+            if not waiting:
                 study.enqueue_trial(missing[0])
-            self._search(1)
+            self._search([*waiting, missing[0]][0]["seed"])
         return [{"settings": point, "value": summarise([values[_key({**point, "seed": seed})] for seed in seeds])} for point in points]
 
     def sampled(self, trials: int, seeds: Sequence[int]) -> list[dict[str, Any]]:
@@ -302,24 +311,27 @@ class _Trials:
 
         self.seeds = seeds
         study = self._open()
-        missing = trials - sum(trial.state.name == "COMPLETE" for trial in study.trials)
-        if missing > 0:
-            self.run.say(f"{missing} of {trials} trials")
-            # A sampler begins with random settings: with the seed of the killed one they would be the same ones again.
-            self._search(missing, optuna.samplers.TPESampler(seed=self.args.seed + len(study.trials)))
-        done = [trial for trial in self._open().trials if trial.state.name == "COMPLETE"]
-        return [{"settings": dict(t.params), "value": summarise([t.value]), "seed": t.user_attrs["seed"]} for t in done]
+        while (done := sum(trial.state.name == "COMPLETE" for trial in study.trials)) < trials:
+            self.run.say(f"Trial {done + 1} of {trials}")
+            number = len(study.trials)
+            # A sampler begins with random settings: with one seed for all they would be the same ones again.
+            self._search(self._seed_of(number), optuna.samplers.TPESampler(seed=self.args.seed + number))
+        complete = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
+        return [{"settings": dict(t.params), "value": summarise([t.value]), "seed": self._seed_of(t.number)} for t in complete]
+
+    def _seed_of(self, number: int) -> int:
+        return self.seeds[number % len(self.seeds)]
 
     def _open(self):
         import optuna
 
         return optuna.create_study(**self.study)
 
-    def _search(self, trials: int, sampler=None) -> None:
-        self.trainer.hyperparameter_search(
+    def _search(self, seed: int, sampler=None) -> None:
+        self.trainer_of(seed).hyperparameter_search(
             hp_space=self._arguments,
             compute_objective=lambda metrics: metrics[f"eval_{self.metric}"],
-            n_trials=trials,
+            n_trials=1,
             backend="optuna",
             sampler=sampler,
             **self.study,
@@ -328,12 +340,9 @@ class _Trials:
     def _arguments(self, trial) -> dict[str, Any]:
         """Training arguments of a trial."""
         settings = {name: self._suggest(trial, name, values) for name, values in self.space.items()}
-        if self.seeds:
-            seed = self.seeds[trial.number % len(self.seeds)]
-            trial.set_user_attr("seed", seed)
-        else:
-            seed = trial.suggest_int("seed", 0, 2**32 - 1)
-        return {**arguments_of(self.args, settings), "seed": seed}
+        if not self.seeds:
+            trial.suggest_int("seed", 0, 2**32 - 1)  # the trainer has it already
+        return arguments_of(self.args, settings)
 
     def _suggest(self, trial, name: str, values: Any) -> Any:
         if not isinstance(values, list):

@@ -299,7 +299,7 @@ def test_a_teacher_that_is_a_function(tmp_path):
 
 def test_padding_of_either_side_counts():
     """A teacher function may know of padding that the student does not."""
-    objective = Objective([], "question_answering", None, "labelled", 0, (0, 0))
+    objective = Objective([], "question_answering", None, "labelled", 0)
     logits = torch.zeros(1, 2, 4)
     sides = [Signals(logits=logits, attention_mask=torch.tensor([mask]).bool()) for mask in ([1, 1, 1, 0], [0, 1, 1, 1])]
     s, t, rows = objective._logit_rows(*sides, None)

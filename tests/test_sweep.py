@@ -205,6 +205,7 @@ class Toy:
     baselines: bool = True
     validation_share: float | None = None
     overwrite_output_dir: bool = False
+    stages: list | None = None
 
 
 class Toys:
@@ -224,6 +225,7 @@ class Toys:
                     if toys.left < 0:
                         raise toys.error
                 kd = self.objective.terms["kd"]
+                assert self.card["seed"] == self.args.seed  # what is made with the trainer, such as its collator, is of this seed
                 toys.trained.append((self.args.seed, kd.term.weight(0.0), kd.loss.temperature))
                 return super().training_step(*args, **kwargs)
 
@@ -232,7 +234,9 @@ class Toys:
                 return {"eval_accuracy": weight + temperature / 100 + seed / 1000}
 
         def trainer_for(model, own, rows, teacher):
-            return Student(model, own, pad, rows, ragged("bert", seed=2), teacher=teacher)
+            trainer = Student(model, own, pad, rows, ragged("bert", seed=2), teacher=teacher)
+            trainer.card["seed"] = own.seed
+            return trainer
 
         def build(seed):
             return families.build("bert", 2, seed=seed)
@@ -290,6 +294,17 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_grows(tmp_path, toys, error):
     assert toys.trained == points
 
 
+def test_a_trial_that_was_waiting_when_the_sweep_was_killed_is_trained_with_its_own_seed(tmp_path, toys, monkeypatch):
+    args, grid = arguments(tmp_path), {"temperature": [1, 4]}
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillationTrainer, "hyperparameter_search", lambda self, **_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run_sweep(toys.main, Toy(seeds=[7]), args, grid, "c")
+    outcome = run_sweep(toys.main, Toy(seeds=[0, 7]), args, grid, "c")
+    assert toys.trained == [(7, 0.5, 1.0), (0, 0.5, 1.0), (0, 0.5, 4.0), (7, 0.5, 4.0)]
+    assert [point["value"]["values"] for point in outcome["points"]] == [pytest.approx([0.51, 0.517]), pytest.approx([0.54, 0.547])]
+
+
 def test_ranges_are_sampled_and_resumed_without_repeating(tmp_path, toys):
     space = {"temperature": {"low": 1, "high": 16, "log": True}, "kd_weight": [0.25, 0.75]}
     args = arguments(tmp_path)
@@ -330,6 +345,8 @@ def test_recipes_that_would_choose_on_test_data_are_refused(tmp_path, toys):
     for main, recipe in ((toys.main, Text()), (lambda recipe, args: None, Toy())):
         with pytest.raises(ValueError, match="measures on the data that it reports"):
             run_sweep(main, recipe, arguments(tmp_path), GRID, "c")
+    with pytest.raises(ValueError, match="This config is in stages"):
+        run_sweep(toys.main, Toy(stages=[{"name": "hint"}]), arguments(tmp_path), GRID, "c")
     for share in (0.0, 1.0):
         with pytest.raises(ValueError, match="on the test data"):
             run_sweep(toys.main, Toy(validation_share=share), arguments(tmp_path), GRID, "c")

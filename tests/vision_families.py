@@ -53,7 +53,11 @@ VISION = {
     ),
     "mobilevit": (
         "MobileViT",
-        lambda s: dict(image_size=64, hidden_sizes=[16 * s, 24 * s, 32 * s], neck_hidden_sizes=[8 * s, 8 * s, 8 * s, 16 * s, 16 * s, 16 * s, 32]),
+        lambda s: dict(
+            image_size=64,
+            hidden_sizes=[16 * s, 24 * s, 32 * s],
+            neck_hidden_sizes=[8 * s, 8 * s, 8 * s, 16 * s, 16 * s, 16 * s, 32],
+        ),
         64,
     ),
 }  # fmt: skip
