@@ -32,7 +32,7 @@ FLOORS = {
     "teachers": 6, "data": 6, "metrics": 6, "alignment": 6, "sentence_encoder": 6,
     "export": 7, "benchmark": 7, "plots": 7, "report": 7, "baselines": 7, "hub": 7, "side_file": 7, "citations": 7,
     "part_log": 7, "checkpoints": 7, "run_card": 7, "preparation": 7,
-    "trainer": 8, "trainer_files": 8, "trainer_search": 8,
+    "trainer": 8, "trainer_files": 8, "trainer_optimization": 8, "trainer_search": 8,
     "runs": 9, "comparison": 9, "callbacks": 9, "stages": 9, "stage_training": 9, "model_pair": 9, "image_pair": 9,
     "ablation": 9,
     "mutual": 9,
