@@ -326,6 +326,7 @@ class Run:
         _merge(trainer)
         model = type(trainer.model).from_pretrained(folder)
         trainer.model.load_state_dict(model.state_dict())
+        trainer.model.eval()  # as after its training and measuring
         with np.load(folder / "predictions.npz", allow_pickle=False) as arrays:
             arm = Arm(name, trainer, record["metrics"], arrays["logits"], arrays["labels"])
         for key in ("seconds", "log_history", "steps", "stages"):
