@@ -14,6 +14,7 @@ from .capture import Capture, CapturePlan, plan_for
 from .counting import TARGET_MASK, Unit, token_mask
 from .losses import LOSSES, TASK_LOSSES
 from .losses.base import DistillationLoss
+from .losses.logits import SoftTargetsLoss
 from .losses.pairs import ContrastivePairsLoss
 from .losses.spans import TaskSpanLoss
 from .losses.task import TaskCrossEntropyLoss
@@ -232,7 +233,8 @@ def _bind(term: Term, pairs: Pairs | None, task: str, problem_type: str | None, 
 
 def _check_kind_of_logits(term: Term, loss_class: type[DistillationLoss], task: str, problem_type: str | None) -> None:
     """A softmax over labels that do not exclude each other, or over one number, means nothing."""
-    if not loss_class.one_class_a_row:
+    softmax = issubclass(loss_class, SoftTargetsLoss) and task == "sequence"  # given as an object; the name becomes the binary form
+    if not (loss_class.one_class_a_row or softmax):
         return
     if task == "sequence" and problem_type != "single_label_classification":
         raise ValueError(

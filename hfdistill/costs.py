@@ -40,6 +40,11 @@ def step_costs(trainers: Mapping[str, DistillationTrainer], rounds: int = 15) ->
     """
     if not trainers or rounds < 1:
         raise ValueError(f"Measuring needs at least one trainer and one round, got {len(trainers)} trainers and rounds={rounds}.")
+    return ratios(step_times(trainers, rounds))
+
+
+def step_times(trainers: Mapping[str, DistillationTrainer], rounds: int = 15) -> dict[str, list[float]]:
+    """Seconds of every step behind [`step_costs`], by trainer and round."""
     steps = {name: OptimizerSteps(trainer) for name, trainer in trainers.items()}
     for own in steps.values():
         for _ in range(_WARM_UP):
@@ -48,6 +53,11 @@ def step_costs(trainers: Mapping[str, DistillationTrainer], rounds: int = 15) ->
     for number in range(rounds):
         for name in list(steps)[:: -1 if number % 2 else 1]:
             times[name].append(steps[name].take())
+    return times
+
+
+def ratios(times: Mapping[str, list[float]]) -> dict[str, float]:
+    """Median over rounds of each time divided by the first one's in the same round."""
     first = next(iter(times.values()))
     return {name: statistics.median(b / a for a, b in zip(first, own, strict=True)) for name, own in times.items()}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +16,10 @@ from typing import Any
 
 import yaml
 
+from . import __version__
 from .ablation import changed_settings, paired_difference, under_the_same_teacher, variant_folders
 from .arguments import WEIGHTS, WITHOUT_TEACHER, DistillationTrainingArguments
-from .costs import peak_memory, step_costs
+from .costs import peak_memory, ratios, step_times
 from .method_plots import plot_methods
 from .redaction import shareable
 from .report import print_table, results_table
@@ -142,8 +144,8 @@ def compare_methods(
     weights, steps and seeds. What was finished before is not run again: each method has a folder of its own below `output_dir`,
     and further methods can be added to the ones there. A method that these two models cannot do is reported as such.
 
-    Costs are measured at the end, on one process: the time of an optimizer step with [`step_costs`], in turns, in relation to the student
-    alone on the same images; and memory by `measure_memory`. Both need a recipe whose `main` takes `instead`.
+    Costs are measured at the end, on one process: the time of an optimizer step with [`step_times`], in turns, in seconds and in relation to
+    the student alone on the same images; and memory by `measure_memory`. Both need a recipe whose `main` takes `instead`.
 
     Args:
         main: of the recipe.
@@ -175,16 +177,21 @@ def compare_methods(
     measured = {CONFIG: first}
     for name, plan in plans.items():
         if name not in refused:
-            measured[name] = main(*under_the_same_teacher(plan, root / CONFIG, root / folders[name], shared))
+            try:
+                measured[name] = main(*under_the_same_teacher(plan, root / CONFIG, root / folders[name], shared))
+            except ValueError as error:  # what shows with the first batch only
+                refused[name] = _first_sentence(error)
     outcome = _outcome(first, measured, methods, refused, command)
     if offers and args.world_size == 1:
-        costs = main(*base, instead=lambda *parts: step_costs(cost_trainers({n: p for n, p in plans.items() if n not in refused}, *parts)))
-        for name in measured:
-            outcome["methods"][name]["step_time"] = costs.get(name)
-        if outcome["alone"]:
-            outcome["alone"]["step_time"] = costs[ALONE]
+        times = main(*base, instead=lambda *parts: step_times(cost_trainers({n: p for n, p in plans.items() if n not in refused}, *parts)))
+        costs = ratios(times)
+        rows = {**outcome["methods"], **({ALONE: outcome["alone"]} if outcome["alone"] else {})}
+        for name, row in rows.items():
+            row["step_time"] = costs.get(name)
+            row["step_seconds"] = statistics.median(times[name]) if name in times else None
         if measure_memory is not None:
-            memory = _memory(root / "memory.json", list(costs), measure_memory, anew=recipe.overwrite_output_dir)
+            settings = {name: json.dumps(shareable([methods[name].changes() if name in methods else {}, __version__])) for name in costs}
+            memory = _memory(root / "memory.json", settings, measure_memory, anew=recipe.overwrite_output_dir)
             if outcome["alone"]:
                 outcome["alone"]["memory_mb"] = memory[ALONE]
             for name in measured:
@@ -233,9 +240,13 @@ def refusals(plans: Mapping[str, tuple[Any, Any]], *parts) -> dict[str, str]:
             try:
                 cost_trainer(name, plans, *parts)
             except ValueError as error:
-                found[name] = str(error).split(". ")[0].rstrip(".") + "."
+                found[name] = _first_sentence(error)
                 parts[0].say(f"{name} is not possible: {found[name]}")
     return found
+
+
+def _first_sentence(error: Exception) -> str:
+    return str(error).split(". ")[0].rstrip(".") + "."
 
 
 def cost_trainers(plans: Mapping[str, tuple[Any, Any]], *parts) -> dict[str, DistillationTrainer]:
@@ -263,9 +274,7 @@ def cost_trainer(
     return trainer_for(build(seed), replace(training, output_dir=run.folder("costs"), seed=seed), datasets["train"], teacher)
 
 
-def memory_of(
-    main: Callable[..., Any], recipe: Any, args: Any, methods: Mapping[str, Method], name: str, with_kd: bool = False
-) -> float:
+def memory_of(main: Callable[..., Any], recipe: Any, args: Any, methods: Mapping[str, Method], name: str, with_kd: bool = False) -> float:
     """Megabytes that three optimizer steps of one method take beside the two models, after [`compare_methods`] has trained the teacher.
 
     For a process of its own, see [`memory_in_a_process`].
@@ -281,14 +290,15 @@ def memory_of(
     return main(*base, instead=lambda *parts: peak_memory(cost_trainer(name, plans, *parts)))
 
 
-def _memory(path: Path, names: Sequence[str], measure: Callable[[str], float | None], anew: bool) -> dict[str, float | None]:
-    """Memory of each; figures in the file of a former command are kept, since the settings in its folders are the same."""
+def _memory(path: Path, settings: Mapping[str, str], measure: Callable[[str], float | None], anew: bool) -> dict[str, float | None]:
+    """Memory of each; figures in the file of a former command are kept where the settings of the method are the same."""
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and not anew else {}
-    for name in names:
-        if known.get(name) is None:
-            known[name] = measure(name)
+    for name, own in settings.items():
+        entry = known.get(name)
+        if not isinstance(entry, dict) or entry["memory_mb"] is None or entry["settings"] != own:
+            known[name] = {"memory_mb": measure(name), "settings": own}
             path.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-    return known
+    return {name: known[name]["memory_mb"] for name in settings}
 
 
 def memory_in_a_process(command: Sequence[str]) -> float | None:
@@ -323,6 +333,7 @@ def _outcome(first: Mapping, measured: Mapping[str, Mapping], methods: Mapping[s
             "steps": results["student_distilled"]["steps"],
             "seconds": results["seconds"]["distilled"],
             "step_time": None,
+            "step_seconds": None,
             "memory_mb": None,
         }
     agreements = first.get("agreements", {})
@@ -331,7 +342,8 @@ def _outcome(first: Mapping, measured: Mapping[str, Mapping], methods: Mapping[s
         "metric": metric,
         "seeds": first["seeds"],
         "teacher": first["teacher"][metric],
-        "alone": alone and {"value": alone, "agreement": agreements.get("alone"), "step_time": None, "memory_mb": None},
+        "alone": alone
+        and {"value": alone, "agreement": agreements.get("alone"), "step_time": None, "step_seconds": None, "memory_mb": None},
         "control": control and {"value": control[metric], "agreement": agreements.get("control")},
         "reference": reference,
         "methods": entries,
@@ -367,6 +379,7 @@ def comparison_rows(outcome: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "more than alone": entry.get("to_alone"),
                 f"more than {reference}": entry.get("to_reference"),
                 "agreement with teacher": entry["agreement"],
+                "step (s)": entry.get("step_seconds"),
                 "step time (alone = 1)": entry.get("step_time"),
                 "memory (MB)": entry.get("memory_mb"),
                 "steps": entry.get("steps") if uneven else None,

@@ -14,13 +14,14 @@ from .plots import COLOURS
 
 _OWN, _OTHER = "#0072B2", "#56B4E9"
 _LINES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6D31", "#7F7F7F")
+_COSTS = {"step_seconds": "seconds a step", "memory_mb": "memory of three steps (MB)"}
 _MARKERS = "osD^v<>P"
 
 
 def plot_methods(outcome: Mapping[str, Any], path: str | os.PathLike) -> Path | None:
-    """One PNG of a comparison of methods: the metric of each with its spread, from the best down, and the time of its step.
+    """One PNG of a comparison of methods: the metric of each with its spread, from the best down, seconds of a step, and memory.
 
-    Dashed lines are the teacher and the student alone. The second panel is left out where no step was measured.
+    Dashed lines are the teacher and the student alone. Panels of what was not measured are left out.
 
     Args:
         outcome (`dict`): as [`compare_methods`](hfdistill.method_comparison.compare_methods) returns it.
@@ -30,11 +31,11 @@ def plot_methods(outcome: Mapping[str, Any], path: str | os.PathLike) -> Path | 
         `Path` or `None`: `None` where matplotlib is not installed; a line says so.
     """
     entries = sorted(outcome["methods"].items(), key=lambda item: -item[1]["value"]["mean"])
-    timed = [entry["step_time"] for _, entry in entries if entry["step_time"] is not None]
-    figure = _figure(9.5 if timed else 6.8, 0.3 * len(entries) + 1.7)
+    panels = {key: label for key, label in _COSTS.items() if any(entry.get(key) is not None for _, entry in entries)}
+    figure = _figure(6.8 + 2.4 * len(panels), 0.3 * len(entries) + 1.7)
     if figure is None:
         return None
-    axes = figure.subplots(1, 2, sharey=True, width_ratios=(2.2, 1)) if timed else [figure.subplots()]
+    axes = figure.subplots(1, 1 + len(panels), sharey=True, width_ratios=(2.2, *[1] * len(panels)), squeeze=False)[0]
     rows, values = range(len(entries)), [entry["value"] for _, entry in entries]
     colours = [_OWN if name == outcome["reference"] else _OTHER for name, _ in entries]
     axis = axes[0]
@@ -51,17 +52,19 @@ def plot_methods(outcome: Mapping[str, Any], path: str | os.PathLike) -> Path | 
     metric, seeds = outcome["metric"].replace("_", " "), len(outcome["seeds"])
     axis.set_xlabel(f"{metric} (mean ± sd of {seeds} seeds; dots: seeds)" if seeds > 1 else metric)
     _tidy(axis)
-    if timed:
+    for own, (key, label) in zip(axes[1:], panels.items()):
+        alone = (outcome["alone"] or {}).get(key)
         for row, (_, entry), colour in zip(rows, entries, colours):
-            if entry["step_time"] is not None:
-                axes[1].barh(row, entry["step_time"], color=colour, height=0.6, zorder=2)
+            if (cost := entry.get(key)) is not None:
+                own.barh(row, cost, color=colour, height=0.6, zorder=2)
                 place = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
-                axes[1].annotate(f"{entry['step_time']:.2f}", (entry["step_time"], row), **place)
-        axes[1].axvline(1.0, color=COLOURS["student_alone"], linestyle="--", linewidth=1.2, zorder=3)
-        axes[1].set_xlim(0, 1.18 * max(timed))
-        axes[1].set_xlabel("time of a step (student alone = 1)")
-        axes[1].tick_params(axis="y", length=0)
-        _tidy(axes[1])
+                own.annotate(f"{cost:.3g}", (cost, row), **place)
+        if alone is not None:
+            own.axvline(alone, color=COLOURS["student_alone"], linestyle="--", linewidth=1.2, zorder=3)
+        own.set_xlim(0, 1.22 * max(entry[key] for _, entry in entries if entry.get(key) is not None))
+        own.set_xlabel(label)
+        own.tick_params(axis="y", length=0)
+        _tidy(own)
     figure.legend(loc="outside upper right", frameon=False, ncols=2, fontsize=9)
     return _save(figure, path)
 

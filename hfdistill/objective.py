@@ -50,10 +50,9 @@ class Objective(nn.Module):
         self.register_buffer("teacher_columns", None, persistent=False)  # of the kept tokens, under a student with a pruned vocabulary
         self.task_loss: nn.Module = nn.Identity()
 
-    @property
-    def measures_others(self) -> bool:
-        """Whether a term has a value for rows that are not trained on."""
-        return not all(term.remembers for term in self.terms.values())
+    def measures_others(self, progress: float) -> bool:
+        """Whether a term that has a weight at `progress` has a value for rows that are not trained on."""
+        return not all(term.remembers for term, _ in self.active(progress))
 
     def active(self, progress: float) -> list[tuple[BoundTerm, float]]:
         """Terms with their weights at `progress`; those at 0 are left out unless all are."""
@@ -185,7 +184,7 @@ class Objective(nn.Module):
             column = "labels" if name == "labels" else "example_id"
             raise ValueError(
                 f"The term {term.name!r} ({term.loss_name}) needs the column {column!r}, but the batch has none. Add it to the training "
-                "data" + (" (one number for each example, from 0)." if name == "example_ids" else ".")
+                "data" + (" (one number for each example)." if name == "example_ids" else ".")
             )
         if name == "labels" and inputs["soft_labels"] is not None:
             raise ValueError(

@@ -190,10 +190,12 @@ def _carry_adapters(previous: DistillationTrainer, trainer: DistillationTrainer)
     changed = changed_maps(previous._record(), trainer._record()["layer_maps"])
     before = previous.accelerator.unwrap_model(previous.objective).state_dict()
     now = trainer.objective.state_dict()
+    # Memories, queues and running statistics of a loss belong to the data and the teacher of their stage.
+    memories = {name for name, _ in trainer.objective.named_buffers() if ".losses." in name}
     same = {
         key: value
         for key, value in before.items()
-        if ".losses." not in key  # a memory or a queue belongs to its data and its teacher
+        if key not in memories
         and key in now
         and now[key].shape == value.shape
         and not any(key.startswith(f"terms.{name}.") for name in changed)

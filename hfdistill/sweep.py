@@ -282,6 +282,7 @@ class _Trials:
             "pruner": optuna.pruners.NopPruner(),
         }
         self.seeds: Sequence[int] = ()
+        self.seed: int | None = None  # of the trial that runs, where a sampler proposes settings
 
     def grid(self, seeds: Sequence[int]) -> list[dict[str, Any]]:
         """Trains what is missing of all points and seeds; all points with their values over seeds.
@@ -315,12 +316,10 @@ class _Trials:
             self.run.say(f"Trial {done + 1} of {trials}")
             number = len(study.trials)
             # A sampler begins with random settings: with one seed for all they would be the same ones again.
-            self._search(self._seed_of(number), optuna.samplers.TPESampler(seed=self.args.seed + number))
+            self.seed = self.seeds[number % len(self.seeds)]
+            self._search(self.seed, optuna.samplers.TPESampler(seed=self.args.seed + number))
         complete = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
-        return [{"settings": dict(t.params), "value": summarise([t.value]), "seed": self._seed_of(t.number)} for t in complete]
-
-    def _seed_of(self, number: int) -> int:
-        return self.seeds[number % len(self.seeds)]
+        return [{"settings": dict(t.params), "value": summarise([t.value]), "seed": t.user_attrs["seed"]} for t in complete]
 
     def _open(self):
         import optuna
@@ -342,6 +341,8 @@ class _Trials:
         settings = {name: self._suggest(trial, name, values) for name, values in self.space.items()}
         if not self.seeds:
             trial.suggest_int("seed", 0, 2**32 - 1)  # the trainer has it already
+        else:
+            trial.set_user_attr("seed", self.seed)  # another command may give other seeds
         return arguments_of(self.args, settings)
 
     def _suggest(self, trial, name: str, values: Any) -> Any:

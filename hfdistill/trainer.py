@@ -306,7 +306,7 @@ class DistillationTrainer(TrainerOptimization, TrainerFiles, TrainerSearch):
         `num_items_in_batch` is not used: it counts labels only. See `hfdistill.counting`.
         """
         training = model.training and self._window is not None
-        if training or (self.args.eval_with_teacher and self.teacher is not None and self.objective.measures_others):
+        if training or (self.args.eval_with_teacher and self.teacher is not None and self.objective.measures_others(self._progress())):
             logits, parts = self._parts(model, inputs, self._window if training else None)
             loss = sum(part.weight * part.value for part in parts)
             if training:

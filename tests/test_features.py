@@ -11,8 +11,8 @@ from training import Rows, arguments, pad, run
 
 from hfdistill import DistillationTrainer, Term
 from hfdistill.capture import Capture, CapturePlan
-from hfdistill.losses import CRDLoss, VIDLoss
-from hfdistill.models.stages import feature_map, special_token_count, token_grid
+from hfdistill.losses import CRDLoss, SoftTargetsLoss, VIDLoss
+from hfdistill.models.stages import _listed_by_timm, feature_map, special_token_count, token_grid
 
 
 # Heights and channels of the stages of `vision.build(family)`, from the configs and the papers' strides.
@@ -491,6 +491,40 @@ def test_a_loss_given_as_an_object_is_copied_for_each_run(tmp_path):
     assert draws == [1, 1] and crd.examples is None and not list(vid.parameters())
 
 
+TIMM_LISTS = {
+    "resnet": (["act1", "layer1", "layer2", "layer3"], ["layer1", "layer2", "layer3"]),
+    "vit": (["blocks.0", "blocks.1"], ["blocks.0", "blocks.1"]),
+    "convnext": (["stages.0", "stages.1"], ["stages.0", "stages.1"]),
+    "xception": (["act2", "block2.rep.0", "block12.rep.0", "act4"], ["act2", "block2.rep.0", "block12.rep.0", "act4"]),
+    "densenet": (["features.norm0", "features.denseblock1", "features.norm5"], ["features.denseblock1", "features.norm5"]),
+    "vgg-like": (["stem.conv1", "blocks.0", "norm"], ["blocks.0", "norm"]),
+}
+
+
+@pytest.mark.parametrize("name", TIMM_LISTS)
+def test_only_the_stem_is_left_out_of_timms_lists(name):
+    listed, expected = TIMM_LISTS[name]
+    model = nn.Module()
+    model.timm_model = nn.Module()
+    model.timm_model.feature_info = [{"module": path} for path in listed]
+    for path in listed:
+        parent = model.timm_model
+        for part in path.split(".")[:-1]:
+            if part not in dict(parent.named_children()):
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(path.split(".")[-1], nn.Conv2d(1, 1, 1))
+    assert [path.removeprefix("timm_model.") for path, _ in _listed_by_timm(model)] == expected
+
+
+def test_soft_targets_as_an_object_are_refused_for_several_labels(tmp_path):
+    """The name becomes the binary form there; an object stays what it is."""
+    batch = {**vision.batch(32), "labels": torch.ones(4, 3)}
+    models = [vision.build("vit", scale, problem_type="multi_label_classification") for scale in (1, 2)]
+    with pytest.raises(ValueError, match="compares one class a row, but the student is trained for multi_label"):
+        run(*models, Rows(batch), arguments(tmp_path), objective=[Term(SoftTargetsLoss(2.0))])
+
+
 @pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
 @pytest.mark.parametrize("loss", ["hard_targets", "dist", "standardized_soft_targets", "decoupled", "margin_mse"])
 def test_a_softmax_over_labels_that_do_not_exclude_each_other_is_refused(loss, problem, tmp_path):
@@ -504,7 +538,11 @@ def test_a_softmax_over_labels_that_do_not_exclude_each_other_is_refused(loss, p
 def test_an_objective_that_only_remembers_is_evaluated_by_its_task_loss(tmp_path):
     student, data = vision.build("vit", 1), Rows(vision.batch(32, rows=8))
     args = arguments(tmp_path, eval_with_teacher=True)
-    trainer, _ = run(student, vision.build("vit", 2), data, args, objective=[Term("crd", options={"dim": 4, "negatives": 3})])
+    crd = Term("crd", options={"dim": 4, "negatives": 3})
+    trainer, _ = run(student, vision.build("vit", 2), data, args, objective=[crd])
+    assert trainer.evaluate(data)["eval_loss"] > 0
+    fading = Term("task", weight={"type": "linear", "start": 1.0, "end": 0.0})  # at the end of training only the memory is left
+    trainer, _ = run(student, vision.build("vit", 2), data, args, objective=[fading, crd])
     assert trainer.evaluate(data)["eval_loss"] > 0
 
 

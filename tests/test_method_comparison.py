@@ -15,6 +15,7 @@ import yaml
 from recipes_under_test import ROOT, load_recipe
 from training import Rows, arguments
 
+import hfdistill
 from hfdistill import (
     LOSSES,
     DistillationLoss,
@@ -217,10 +218,10 @@ def toy(monkeypatch):
 
     def measured(trainers):
         costs.append(list(trainers))
-        return {name: 1.0 + k for k, name in enumerate(trainers)}
+        return {name: [1.0 + k] for k, name in enumerate(trainers)}
 
     monkeypatch.setattr(method_comparison, "cost_trainer", refuse)
-    monkeypatch.setattr(method_comparison, "step_costs", measured)
+    monkeypatch.setattr(method_comparison, "step_times", measured)
     return main, calls, costs
 
 
@@ -247,7 +248,7 @@ def test_all_methods_run_under_the_teacher_of_the_first_run(tmp_path, toy):
     assert outcome["reference"] == "kd" and outcome["not_possible"] == {"fsp": "student has 8 channels and teacher 16."}
     crd = outcome["methods"]["crd"]
     assert crd["to_alone"]["values"] == pytest.approx([0.6, 0.4]) and crd["to_reference"]["values"] == pytest.approx([0.2, 0.2])
-    assert (crd["step_time"], crd["memory_mb"]) == (4.0, 40.0) and outcome["alone"]["memory_mb"] == 10.0
+    assert (crd["step_time"], crd["step_seconds"], crd["memory_mb"]) == (4.0, 4.0, 40.0) and outcome["alone"]["memory_mb"] == 10.0
     assert outcome["methods"]["kd"]["to_reference"] is None
     assert outcome["methods"][CONFIG]["to_reference"]["values"] == pytest.approx([-0.2, 0.1])
     assert json.loads((root / "comparison.json").read_text()) == outcome
@@ -260,11 +261,28 @@ def test_all_methods_run_under_the_teacher_of_the_first_run(tmp_path, toy):
 def test_without_the_method_kd_the_config_is_the_reference_and_known_memory_is_kept(tmp_path, toy):
     main, _, _ = toy
     args = arguments(tmp_path)
-    (tmp_path / "memory.json").write_text(json.dumps({ALONE: 1.0, CONFIG: 2.0, "at": None}))
+    own = json.dumps([{}, hfdistill.__version__])
+    known = {ALONE: {"memory_mb": 1.0, "settings": own}, CONFIG: {"memory_mb": 2.0, "settings": own}}
+    known["at"] = {"memory_mb": 3.0, "settings": "those of another objective"}
+    (tmp_path / "memory.json").write_text(json.dumps(known))
     asked = []
     outcome = compare_methods(main, Toy(), args, methods_for("at"), "c", measure_memory=lambda name: asked.append(name))
     assert outcome["reference"] == CONFIG and outcome["methods"]["at"]["to_reference"]["values"] == pytest.approx([0.1, -0.1])
     assert asked == ["at"] and outcome["methods"][CONFIG]["memory_mb"] == 2.0 and outcome["methods"]["at"]["memory_mb"] is None
+
+
+def test_a_method_that_fails_with_its_first_batch_does_not_end_the_comparison(tmp_path, toy):
+    main, _, _ = toy
+
+    def failing(recipe, args, instead=None):
+        if instead is None and args.objective and "dkd" in args.output_dir:
+            raise ValueError("The term 'decoupled' needs one class for each row, but mixup mixes them. Turn mixing off.")
+        return main(recipe, args, instead)
+
+    outcome = compare_methods(failing, Toy(), arguments(tmp_path), methods_for("at", "dkd"), "c")
+    assert "at" in outcome["methods"] and outcome["not_possible"] == {
+        "dkd": "The term 'decoupled' needs one class for each row, but mixup mixes them."
+    }
 
 
 def test_a_recipe_without_the_hook_has_no_costs(tmp_path, toy):
@@ -446,7 +464,7 @@ def test_the_picture_has_methods_from_the_best_down_and_their_times(tmp_path, mo
 
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
-    entries = {"a": {"value": score([0.5, 0.6]), "step_time": 2.0}, "b": {"value": score([0.7, 0.8]), "step_time": None}}
+    entries = {"a": {"value": score([0.5, 0.6]), "step_seconds": 2.0}, "b": {"value": score([0.7, 0.8]), "step_seconds": None}}
     outcome = {"metric": "accuracy", "seeds": [0, 1], "teacher": 0.9, "reference": "kd", "methods": entries}
     plot_methods({**outcome, "alone": {"value": score([0.3, 0.4])}}, tmp_path / "x.png")
     left, right = drawn[0].axes
@@ -455,9 +473,13 @@ def test_the_picture_has_methods_from_the_best_down_and_their_times(tmp_path, mo
     assert list(bars) == pytest.approx([0.75, 0.55]) and list(bars[0.75]) == pytest.approx([0.65, 0.85])
     assert {line.get_xdata()[0] for line in left.lines if line.get_linestyle() == "--"} == {0.9, 0.35}
     assert [(bar.get_width(), bar.get_y() + bar.get_height() / 2) for bar in right.patches] == [(2.0, 1.0)]
-    entries["a"]["step_time"] = None
+    entries["b"]["memory_mb"] = 7.0
+    plot_methods({**outcome, "alone": {"value": score([0.3, 0.4]), "memory_mb": 5.0}}, tmp_path / "x.png")
+    memory = drawn[1].axes[2]
+    assert [bar.get_width() for bar in memory.patches] == [7.0] and memory.lines[0].get_xdata()[0] == 5.0
+    entries["b"]["memory_mb"] = entries["a"]["step_seconds"] = None
     plot_methods({**outcome, "alone": None}, tmp_path / "x.png")
-    assert len(drawn[1].axes) == 1
+    assert len(drawn[2].axes) == 1
 
 
 # ---- With the recipe ----

@@ -349,7 +349,7 @@ def test_card_and_results_show_the_objective_of_every_stage(tmp_path):
 
 
 def test_memories_and_queues_are_not_carried_into_another_stage(tmp_path):
-    """They belong to the data and the teacher of their stage; the adapters of the same term are carried."""
+    """They belong to the data and the teacher of their stage; adapters and parameters of the same term are carried."""
     import vision_families as vision
     from training import Rows, arguments, run
 
@@ -366,4 +366,6 @@ def test_memories_and_queues_are_not_carried_into_another_stage(tmp_path):
     before = {key: tensor.clone() for key, tensor in trainers[1].objective.state_dict().items()}
     carried = _carry_adapters(*trainers)
     changed = {key for key, tensor in trainers[1].objective.state_dict().items() if not torch.equal(tensor, before[key])}
-    assert changed == {key for key in before if key.startswith("terms.hint.adapters")} and carried == len(changed) == 2
+    projections = {key for key in before if "projection" in key}
+    assert len(projections) == 4 and not any("queue" in key for key in changed)
+    assert changed == {key for key in before if key.startswith("terms.hint.adapters")} | projections and carried == len(changed) == 6

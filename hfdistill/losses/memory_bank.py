@@ -36,15 +36,15 @@ class CRDLoss(DistillationLoss):
     same, so about 21 for 16384 negatives and 13 for 255. It ignores the scale of the inputs. The paper's weight is 0.8, alone or beside
     soft targets of weight 1.
 
-    The negatives of a sample are a function of `seed`, its id and the training batches so far: neither its place in the batch nor the
-    process it is on matters, and a resumed run draws what an uninterrupted one would have. They come from other classes, samples
-    without a label being a class each, and repeat only where there are fewer than `K` candidates. Memories, `Z` and the number of
+    The negatives of a sample are a function of `seed`, its id, the training examples and the batches so far: neither its place in the
+    batch nor the process it is on matters, and a resumed run draws what an uninterrupted one would have. They come from other classes,
+    samples without a label being a class each, and repeat only where there are fewer than `K` candidates. Memories, `Z` and the number of
     batches are buffers and saved with the embeddings. All processes keep the same memories: they exchange ids and vectors of each
     training batch, and two processes with half a batch each are one with the whole. Accumulation is not: each micro-batch is a
     batch here, and updates the memories for the next.
 
     In evaluation nothing is stored or exchanged; the negatives are then those of the next training batch, and where `Z` is not set yet,
-    the batch's own is used. Ids must be positions in the training data: an evaluation set has no rows in the memories.
+    the batch's own is used. Ids must be those of training examples: an evaluation set has no rows in the memories.
 
     Memory: two memories of `N · dim` numbers and copies of both while one batch is on its way back (50 MB and as much again for 50 000
     examples), and up to `batch · N` scores a side. For millions of examples use [`InfoNCELoss`] with a queue.
@@ -58,14 +58,15 @@ class CRDLoss(DistillationLoss):
             twice in a batch (Accelerate fills the last one up) is stored once, as its last row has it.
         mode (`str`, defaults to `"exact"`): `"exact"`: the positive is the sample itself; `"relax"`: any example of its class.
         seed (`int`, defaults to 0): of the memories' first content and of the draws.
-        examples (`int`, *optional*): N. Where neither this nor `classes` is given, `set_examples` must be called before training.
+        examples (`int`, *optional*): N, with ids 0 to N - 1. Where neither this nor `classes` is given, the trainer takes both from the
+            training data (`set_examples`), whose ids may be any numbers.
         classes (`list` or tensor of integers, *optional*): the label of every example, by its id; -100 where there is none. `None`: no
             labels, so negatives are any other examples.
 
     Shapes:
         student, teacher: `(batch, width)`; the widths may differ.
         mask: bool `(batch,)`, True at the samples that count; `None` for all.
-        example_ids: integer `(batch,)`, the position of each sample in the training data, in [0, N).
+        example_ids: integer `(batch,)`, the number of each sample in the column `example_id` of the training data.
         unit: sequences, the samples that count.
 
     Raises:
@@ -178,6 +179,7 @@ class CRDLoss(DistillationLoss):
                 "its own. Number them once, before the data is split or repeated."
             )
         self._ids, self._row_of_id = ids.sort()
+        self._id_of_row = ids
         generator, bound = torch.Generator().manual_seed(self.seed), 1 / math.sqrt(self.dim / 3)
         like = self.log_z
         for name in ("memory_v1", "memory_v2"):
@@ -231,7 +233,7 @@ class CRDLoss(DistillationLoss):
     def _generators(self, purpose: str, example_ids: Tensor) -> Iterator[torch.Generator]:
         """One for each sample: a function of the seed, the number of training batches so far and its id."""
         draws = int(self.draws)
-        for example in example_ids.tolist():
+        for example in self._id_of_row[example_ids].tolist():
             # hashed, since torch's generator looks at the last 32 bits of a seed only
             digest = hashlib.blake2b(f"{purpose} {self.seed} {draws} {example}".encode(), digest_size=8).digest()
             yield torch.Generator().manual_seed(int.from_bytes(digest, "big"))
@@ -286,8 +288,8 @@ class CRDLoss(DistillationLoss):
         if len(wrong):
             raise ValueError(
                 f"The example id {int(wrong[0])} has no row in the memories of CRD, which were made for {len(self._ids)} training examples "
-                f"with ids from {int(self._ids[0])} to {int(self._ids[-1])}. Train on the data that set_examples saw, and keep the column "
-                "'example_id' as it is."
+                f"with ids from {int(self._ids[0])} to {int(self._ids[-1])}. Leave examples and classes out, so that they are taken from "
+                "the training data, and keep its column 'example_id' as it is."
             )
         return self._row_of_id[place]
 

@@ -137,9 +137,9 @@ def _listed_by_timm(inner: nn.Module) -> list[tuple[str, nn.Module]] | None:
     if not isinstance(entries, (list, tuple)) or not entries:
         return None
     paths = [entry["module"] for entry in entries if entry.get("module")]
-    # `act1, layer1, layer2, ...` of a ResNet begins with its stem; stages are called alike.
-    kinds = [re.sub(r"\d+", "", path.partition(".")[0]) for path in paths]
-    names = [f"timm_model.{path}" for path, kind in zip(paths, kinds) if kind == kinds[-1]]
+    # `act1, layer1, layer2, ...` of a ResNet begins with its stem, which is no stage.
+    stem = len(paths) > 1 and re.fullmatch(r"(stem\b.*|.*\b)?(act1|bn1|conv1|conv_stem|norm0|stem)", paths[0]) is not None
+    names = [f"timm_model.{path}" for path in paths[1 if stem else 0 :]]
     modules = dict(inner.named_modules())
     named = [(name, modules[name]) for name in names if name in modules]
     return named or None
