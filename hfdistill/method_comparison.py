@@ -144,8 +144,8 @@ def compare_methods(
     weights, steps and seeds. What was finished before is not run again: each method has a folder of its own below `output_dir`,
     and further methods can be added to the ones there. A method that these two models cannot do is reported as such.
 
-    Costs are measured at the end, on one process: the time of an optimizer step with [`step_times`], in turns, in seconds and in relation to
-    the student alone on the same images; and memory by `measure_memory`. Both need a recipe whose `main` takes `instead`.
+    Costs are measured at the end, on one process: the time of an optimizer step with [`step_times`], in turns, in seconds and in
+    relation to the student alone on the same images; and memory by `measure_memory`. Both need a recipe whose `main` takes `instead`.
 
     Args:
         main: of the recipe.
