@@ -125,7 +125,8 @@ def test_folders_a_given_teacher_and_another_preparation(tmp_path, animals, trai
         "true",
     ]
     flags += ["--kd_weight", "0.0", "--logit_mse_weight", "0.001", "--task_weight", "1.0", "--allow_weak_teacher", "true"]
-    flags += ["--baselines", "false", "--augmentation", '{"random_resized_crop": [0.5, 1.0], "horizontal_flip": 0.5}', "--mixup_alpha", "0.2"]
+    flags += ["--baselines", "false", "--mixup_alpha", "0.2"]
+    flags += ["--augmentation", '{"random_resized_crop": [0.5, 1.0], "horizontal_flip": 0.5}']
     results = run(*flags, "--output_dir", str(tmp_path / "run"))
     assert results["student_distilled"]["accuracy"]["mean"] == 1.0  # red and blue
     trainer = trainers["distilled_0"]
