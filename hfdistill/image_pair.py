@@ -10,6 +10,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, set_seed
 
+from .data.image_collator import Preparation
 from .model_pair import ModelPair
 from .models.peft_student import wrap_student
 from .suggest import did_you_mean
@@ -116,7 +117,9 @@ class ImageModelPair(ModelPair):
             processor: whose image size is that of the model, where its config has one. Default: the student's.
             seed: of the weights. Default: `args.seed`.
         """
-        size = resized_to(processor or self.image_processor)
+        preparation = Preparation(processor or self.image_processor)
+        preparation.check_size()
+        size = preparation.size
         plain = self._scratch_config({"model_type": sizes.get("model_type", self.default_kind)})
         own = {"image_size": size[0] if size[0] == size[1] else list(size)} if hasattr(plain, "image_size") else {}
         config = self._scratch_config({**own, **(entries or {}), **sizes})
@@ -148,19 +151,3 @@ def _model_class(sizes: Mapping[str, Any]) -> type[nn.Module] | None:
     if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
         raise ValueError(f"architectures names {names[0]!r}, which is no model of Transformers.{did_you_mean(names[0], dir(transformers))}")
     return model_class
-
-
-def resized_to(processor) -> tuple[int, int]:
-    """Height and width of what an image processor hands on: its crop, else its size; the shortest edge counts for both sides.
-
-    Raises:
-        ValueError: for a processor without either.
-    """
-    crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
-    size = crop or processor.size
-    for keys in (("height", "width"), ("shortest_edge", "shortest_edge")):
-        if keys[0] in size:
-            return size[keys[0]], size[keys[1]]
-    raise ValueError(
-        f"{type(processor).__name__} has the size {dict(size)}, with neither height and width nor shortest_edge. Set its size."
-    )

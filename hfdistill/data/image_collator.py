@@ -236,7 +236,8 @@ class Preparation:
         if self.size is None:
             raise ValueError(
                 f"{type(self.processor).__name__} leaves images as large as they are (do_resize=False), so a random_resized_crop cannot "
-                "be brought to one size. Set do_resize=True and size in its preprocessor_config.json, or use pad_crop."
+                "be brought to one size, and a new model has none. Set do_resize=True and size in its preprocessor_config.json, or use "
+                "pad_crop (and image_size in the config of the model)."
             )
 
     def __call__(self, images: list, resize: bool) -> Tensor:

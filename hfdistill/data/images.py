@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,18 +34,8 @@ class ImageData(Splits):
         text_columns: the name of the image column.
     """
 
-    def in_order(self, names, number):
-        def changed(split):
-            return replace_labels(split, lambda labels: [self.renumber(label, number) for label in labels])
-
-        return replace(
-            self,
-            teacher_train=changed(self.teacher_train),
-            labelled=changed(self.labelled),
-            transfer=changed(self.transfer),
-            evaluation={name: changed(split) for name, split in self.evaluation.items()},
-            label_names=names,
-        )
+    def with_labels(self, split, change):
+        return replace_labels(split, change)  # the images stay as they are stored
 
     def fingerprint(self) -> str:
         """sha256 of every image and label that is used, in order: of files their size and first 64 KiB, of embedded images the pixels."""

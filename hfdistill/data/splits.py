@@ -64,11 +64,15 @@ class Splits:
         """One cell of the label column after label `i` has become `number[i]`."""
         return number[label]
 
+    def with_labels(self, split, change: Callable[[list], list]):
+        """`split` with `change(labels)` for its label column."""
+        return relabel(split, change(split["label"][:]))
+
     def in_order(self, names: list[str], number: dict[int, int]):
         """This data with `names` for labels, of which number `number[i]` is the one that was `i`."""
 
         def changed(split):
-            return relabel(split, [self.renumber(label, number) for label in split["label"]])
+            return self.with_labels(split, lambda labels: [self.renumber(label, number) for label in labels])
 
         return replace(
             self,
