@@ -45,6 +45,7 @@ _NAMES = {
         "HintLoss",
         "InfoNCELoss",
         "InstanceGraphLoss",
+        "JSDLoss",
         "LogitMSELoss",
         "MarginMSELoss",
         "NSTLoss",
@@ -55,6 +56,7 @@ _NAMES = {
         "RKDDistanceLoss",
         "RegressionMSELoss",
         "RelationKLLoss",
+        "ReverseKLLoss",
         "ReviewLoss",
         "SimilarityKLLoss",
         "SimilarityPreservingLoss",
@@ -73,7 +75,7 @@ _NAMES = {
     "signals": ("Signals",),
     "capture": ("Capture",),
     "models.peft_student": ("lora_config",),
-    "teachers": ("AdaptersOffTeacher", "CallableTeacher", "FrozenTeacher"),
+    "teachers": ("AdaptersOffTeacher", "CallableTeacher", "FrozenTeacher", "StoredTeacher", "TeacherStore", "store_teacher"),
     "teachers.loading": ("load_named_part", "load_teacher", "load_tokenizer"),
     "schedules": ("Schedule", "resolve_schedule"),
     "data.augmentation": ("AUGMENTATION_COPIES", "augment_texts"),
@@ -140,6 +142,7 @@ _NAMES = {
     "stages": ("Stage",),
     "stage_training": ("StageRecord", "train_stages"),
     "ablation": ("load_ablation", "load_recipe", "run_ablation"),
+    "benchmarking": ("run_benchmark",),
     "method_comparison": ("Method", "compare_methods", "load_methods", "memory_in_a_process", "memory_of"),
     "sweep": ("DEFAULT_SWEEP", "read_space", "run_sweep"),
     "costs": ("peak_memory", "step_costs"),
@@ -170,6 +173,7 @@ if TYPE_CHECKING:
     from .baselines import tfidf_logistic_regression as tfidf_logistic_regression
     from .baselines import window_baselines as window_baselines
     from .benchmark import measure_model as measure_model
+    from .benchmarking import run_benchmark as run_benchmark
     from .binding import build_objective as build_objective
     from .capture import Capture as Capture
     from .citations import citations_for as citations_for
@@ -254,6 +258,7 @@ if TYPE_CHECKING:
     from .losses import HintLoss as HintLoss
     from .losses import InfoNCELoss as InfoNCELoss
     from .losses import InstanceGraphLoss as InstanceGraphLoss
+    from .losses import JSDLoss as JSDLoss
     from .losses import LogitMSELoss as LogitMSELoss
     from .losses import MarginMSELoss as MarginMSELoss
     from .losses import NormalizedHiddenMSELoss as NormalizedHiddenMSELoss
@@ -262,6 +267,7 @@ if TYPE_CHECKING:
     from .losses import PKTLoss as PKTLoss
     from .losses import RegressionMSELoss as RegressionMSELoss
     from .losses import RelationKLLoss as RelationKLLoss
+    from .losses import ReverseKLLoss as ReverseKLLoss
     from .losses import ReviewLoss as ReviewLoss
     from .losses import RKDAngleLoss as RKDAngleLoss
     from .losses import RKDDistanceLoss as RKDDistanceLoss
@@ -341,6 +347,9 @@ if TYPE_CHECKING:
     from .teachers import AdaptersOffTeacher as AdaptersOffTeacher
     from .teachers import CallableTeacher as CallableTeacher
     from .teachers import FrozenTeacher as FrozenTeacher
+    from .teachers import StoredTeacher as StoredTeacher
+    from .teachers import TeacherStore as TeacherStore
+    from .teachers import store_teacher as store_teacher
     from .teachers.loading import load_named_part as load_named_part
     from .teachers.loading import load_teacher as load_teacher
     from .teachers.loading import load_tokenizer as load_tokenizer

@@ -25,7 +25,7 @@ WEIGHTS = (
 )
 TEACHER_WEIGHTS = WEIGHTS[1:]
 """Names of the weights of terms that need a teacher; all of them at 0 make a plain Trainer."""
-WITHOUT_TEACHER = {"task_weight": 1.0, "objective": None, "schedules": None, **dict.fromkeys(TEACHER_WEIGHTS, 0.0)}
+WITHOUT_TEACHER = {"task_weight": 1.0, "objective": None, "schedules": None, "teacher_store": None, **dict.fromkeys(TEACHER_WEIGHTS, 0.0)}
 """Training arguments of a model that learns from labels alone."""
 SCHEDULED = (*WEIGHTS, "temperature")
 
@@ -121,10 +121,55 @@ class DistillationTrainingArguments(TrainingArguments):
     teacher_batch_size: int | None = _knob(None, "Rows per teacher forward pass. Default: the whole batch.")
     teacher_dtype: str | None = _knob(
         None,
-        "What the teacher's weights are cast to: float32, bfloat16 or float16. Default: their own.",
-        choices=["float32", "bfloat16", "float16"],
+        "What the teacher's weights are cast to: float32, bfloat16, float16, or auto: bfloat16 where a measurement at the start finds "
+        "it faster on this machine, with its drift printed. Default: their own.",
+        choices=["auto", "float32", "bfloat16", "float16"],
     )
+    teacher_quantization: str | None = _knob(
+        None, "int8 stores the teacher's linear layers as int8 weights (needs torchao). Default: none.", choices=["int8"]
+    )
+    teacher_compile: bool = _knob(False, "Run the teacher through torch.compile: slow to start, worth it for long runs.")
     teacher_device: str | None = _knob(None, "Device of the teacher. Default: that of the student.")
+    teacher_trimming: bool = _knob(
+        True, "Stop the teacher's forward pass where the last signal that a term needs has been seen: no blocks above it, no head."
+    )
+    teacher_store: str | None = _knob(
+        None,
+        "Folder (or dataset on the Hub) of stored teacher outputs. Where it does not exist the teacher answers all training data once, "
+        "before training; then it is not run again.",
+    )
+    teacher_store_logits: str = _knob(
+        "auto",
+        "How logits are stored: full, hidden (last hidden state and the teacher's head: exact, for vocabularies), top_k (with one "
+        "bucket for all other classes), top_k_without_tail (biased: the student's mass outside is not punished), or auto: hidden for "
+        "vocabularies, else full.",
+        choices=["auto", "full", "hidden", "top_k", "top_k_without_tail"],
+    )
+    teacher_store_top_k: int = _knob(64, "Logits stored for each position with teacher_store_logits=top_k.")
+    teacher_store_dtype: str = _knob("float16", "In which stored outputs are written.", choices=["float32", "bfloat16", "float16"])
+    teacher_store_epochs: int | None = _knob(
+        None,
+        "With augmentation or new masks in every epoch: how many epochs are stored; later ones repeat them. Default: all of the run, or "
+        "one where nothing changes from epoch to epoch.",
+    )
+    vocabulary_head: str = _knob(
+        "auto",
+        "Where a language model's vocabulary is projected. rows: only at positions that carry a loss. chunked: there, a few rows at a "
+        "time inside the loss, so that all logits never exist together. full: everywhere, as the model does. auto: chunked where the "
+        "logit terms allow it and the model's head is understood, else rows.",
+        choices=["auto", "full", "rows", "chunked"],
+    )
+    vocabulary_chunk_rows: int | None = _knob(None, "Rows of logits that exist at a time with vocabulary_head=chunked. Default: by size.")
+    channels_last: bool = _knob(False, "Keep images and convolutions of student and teacher in channels-last memory format.")
+    keep_memory_pages: bool = _knob(
+        False,
+        "On CPU with glibc: freed memory is kept for the next step in place of being given back to the system (mallopt), at the cost of "
+        "a larger resident size. Of use where large tensors are made anew in every step.",
+    )
+    log_step_profile: bool = _knob(
+        True, "Log milliseconds of data, student, teacher, loss, backward and optimizer, the throughput and the peak memory."
+    )
+    profile: bool = _knob(False, "Write a torch profiler trace of a few steps into output_dir/profile.")
     teacher_label_order: str = _knob(
         "by_name",
         "'by_name' compares label names and permutes the teacher's logits; 'by_index' trusts the positions.",
@@ -206,7 +251,8 @@ class DistillationTrainingArguments(TrainingArguments):
             )
         if not math.isfinite(self.learning_rate_gamma) or not 0 < self.learning_rate_gamma < 1:
             raise ValueError(f"learning_rate_gamma must be between 0 and 1, got {self.learning_rate_gamma}: it lowers the learning rate.")
-        for name in ("teacher_batch_size", "calibration_samples"):
+        counts = ("teacher_batch_size", "calibration_samples", "teacher_store_top_k", "teacher_store_epochs", "vocabulary_chunk_rows")
+        for name in counts:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")

@@ -14,6 +14,7 @@ Both leave the model's output exactly as it was.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,7 @@ class InterfaceTap:
         self.modules: list[nn.Module] = []  # block -> attention module, in order of execution
         self.wanted: dict[str, frozenset[int]] = {}
         self.recording = False
+        self.on_seen: Callable[[int], None] | None = None  # told each block whose signals are complete
         self._discovering = False
         self._calls = 0
         self.found: Found = {}
@@ -123,8 +125,12 @@ class InterfaceTap:
                 tensor = tensor.transpose(1, 2).flatten(2)
                 if self.recording:
                     self.found[signal][block] = tensor
-        if block not in self.wanted.get("attention_scores", ()):
-            return
+        if block in self.wanted.get("attention_scores", ()):
+            self._keep_scores(block, module, query, key, attention_mask, scaling, position_bias, is_causal)
+        if self.on_seen is not None and self.recording and any(block in blocks for blocks in self.wanted.values()):
+            self.on_seen(block)
+
+    def _keep_scores(self, block, module, query, key, attention_mask, scaling, position_bias, is_causal) -> None:
         key = repeat_kv(key, getattr(module, "num_key_value_groups", 1))
         scores = query @ key.transpose(2, 3) * (query.size(-1) ** -0.5 if scaling is None else scaling)
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
@@ -144,7 +150,7 @@ class InterfaceTap:
 
     def close(self) -> tuple[Found, dict[int, Tensor | None]]:
         """Stops recording and hands over what was seen, with the masks of the scores; no tensor stays behind."""
-        self.recording = False
+        self.recording, self.on_seen = False, None
         found, masks, self.found, self.masks = self.found, self.masks, {}, {}
         return found, masks
 

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 from torch.utils.benchmark import Timer
 
-
-MEGABYTE = 10**6
+from .process_memory import MEGABYTE
 
 
 def count_parameters(model: nn.Module) -> int:

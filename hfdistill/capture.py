@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .attention_taps import InterfaceTap, SoftmaxTap, allowed_pairs, attach_tap
 from .counting import LABEL_COLUMNS, marked_targets
+from .early_stop import AllSeen, Arrivals, same_signals
 from .model_outputs import NoLogitsError, logits_of, move_to
 from .models.anatomy import find_blocks, unwrap_peft
 from .models.stages import Stages
 from .pooling import pool_tokens
 from .signals import ATTENTION_SIGNALS, BLOCK_SIGNALS, LAYERED_SIGNALS, Signals
 from .stage_taps import StageTap
+from .vocabulary_head import VocabularyHead
 
 
 TEACHER_PREFIX = "teacher_"
@@ -88,6 +90,8 @@ class Capture:
         self._blocks = None
         self._stage_tap = StageTap(self.model, self.name)
         self._tap: InterfaceTap | SoftmaxTap | None = None
+        self.head: VocabularyHead | None = None  # set by `understand_head`
+        self._last_block: str | None = None  # which hook gives the last hidden state, once `check_early_stop` has found one
 
     @property
     def name(self) -> str:
@@ -138,55 +142,148 @@ class Capture:
             inputs |= {key: batch[TEACHER_PREFIX + key] for key in self.columns if TEACHER_PREFIX + key in batch}
         return inputs
 
-    def __call__(self, batch: Mapping, plan: CapturePlan, forward: nn.Module | None = None) -> Signals:
+    def __call__(
+        self,
+        batch: Mapping,
+        plan: CapturePlan,
+        forward: nn.Module | None = None,
+        rows: Tensor | None = None,
+        project: bool = True,
+        stop_early: bool = False,
+    ) -> Signals:
         """Runs the model on `batch`.
 
         Args:
             batch: the whole batch; columns the model does not know are left out.
             plan: what to fetch.
             forward: what to call instead of the model itself, such as its DDP wrapper.
+            rows: integer `(rows,)`, positions of the flattened `(batch * length)` to which the head of a language model is
+                restricted; only after `understand_head` has found a place for it.
+            project: whether logits are made of these rows, or a `Projection` is left to make them of.
+            stop_early: whether the pass may end where the last signal of `plan` has been seen; it does not where `check_early_stop`
+                has not been asked, or found it to be wrong.
         """
         inputs = self.select_inputs(batch)
         if self.token_ids is not None and "input_ids" in inputs:
             self.token_ids = self.token_ids.to(inputs["input_ids"].device)
             inputs["input_ids"] = self.token_ids[inputs["input_ids"]]
         options = {}
-        if self.is_pretrained and (plan.hidden_states or plan.embeddings):
+        stop_early = stop_early and self._last_block is not None and not plan.logits
+        if self.is_pretrained and (plan.hidden_states or plan.embeddings) and not stop_early:
             options["output_hidden_states"] = sorted({k + 1 for k in plan.hidden_states} | ({0} if plan.embeddings else set()))
-        found: dict = {}
-        handles = [*self._hooks(plan, found), *self._stage_tap.open(plan.features, found)]
+        found = Arrivals(self._awaited(plan) if stop_early else None)
+        handles = [*self._hooks(plan, found, stop_early), *self._stage_tap.open(plan.features, found)]
         if self._tap is not None:
             self._tap.open({signal: getattr(plan, signal) for signal in ATTENTION_SIGNALS})
+        output = projection = None
         try:
-            output = (self.model if forward is None else forward)(**inputs, **options)
+            if rows is None:
+                output = (self.model if forward is None else forward)(**inputs, **options)
+            else:
+                output, projection = self._run_at(rows, project, self.model if forward is None else forward, inputs, options)
+        except AllSeen:
+            pass
         finally:
             for handle in handles:
                 handle.remove()
             attention, masks = self._tap.close() if self._tap is not None else ({}, {})
         signals = self._signals(batch, plan, output, found, attention, masks)
+        if rows is not None and plan.logits:
+            signals.rows, signals.projection, signals.shape = rows, projection, tuple(inputs["input_ids"].shape)
+            signals.logits = None if projection is not None else signals.logits.squeeze(0)
         if plan.features:
             signals.features = self._stage_tap.maps(plan.features, found, inputs)
         return signals
 
-    def _hooks(self, plan: CapturePlan, found: dict) -> list:
+    def _run_at(self, rows: Tensor, project: bool, forward: nn.Module, inputs: Mapping, options: Mapping):
+        output = None
+
+        def run() -> Tensor:
+            nonlocal output
+            output = forward(**inputs, **options)
+            return logits_of(output, self.name)
+
+        _, projection = self.head.run(run, tuple(inputs["input_ids"].shape), rows, project)
+        return output, projection
+
+    def understand_head(self, example: Mapping) -> VocabularyHead:
+        """Finds out how the head of a language model can be restricted to rows, by running the model on `example`."""
+        self.head = head = VocabularyHead(self.inner)
+        inputs = move_to(self.select_inputs(example), self.model)
+        ids = inputs.get("input_ids")
+        if self.is_pretrained and isinstance(ids, Tensor) and ids.dim() == 2:
+
+            def run() -> Tensor:
+                return self(inputs, CapturePlan()).logits
+
+            self._quietly(lambda: head.understand(run, tuple(ids.shape), run()))
+        return head
+
+    def check_early_stop(self, plan: CapturePlan, example: Mapping) -> bool:
+        """Whether a pass that ends with the last signal of `plan` gives what a whole one gives; from then on it may be used.
+
+        `plan` is taken without its logits, for which the whole model has to run.
+        """
+        plan = replace(plan, logits=False)
+        self._last_block = None
+        # Compiled models run hooks at other times; dispatched ones move weights in hooks that a stopped pass would skip.
+        if self.inner is not self.model and hasattr(self.model, "_orig_mod") or getattr(self.inner, "hf_device_map", None):
+            return False
+        blocks = plan.blocks_of(BLOCK_SIGNALS)
+        if (blocks or plan.embeddings) and self.blocks.shared:
+            return False  # one module runs as every block
+        example = move_to(self.select_inputs(example), self.model)
+        whole = self._quietly(lambda: self(example, plan))
+        for self._last_block in ("block", "base"):
+            try:
+                if same_signals(whole, self._quietly(lambda: self(example, plan, stop_early=True))):
+                    return True
+            except (KeyError, TypeError):  # its base model returns no dict
+                continue
+        self._last_block = None
+        return False
+
+    def _awaited(self, plan: CapturePlan) -> set:
+        """Names under which hooks put what `plan` asks for."""
+        awaited = {("features", stage) for stage in plan.features}
+        awaited |= {("block", k) for k in plan.hidden_states if not self._ends_base(k)}
+        awaited |= {("attention" if isinstance(self._tap, InterfaceTap) else "block", k) for k in plan.blocks_of(ATTENTION_SIGNALS)}
+        if plan.embeddings:
+            awaited.add("embeddings")
+        if plan.pooled or any(self._ends_base(k) for k in plan.hidden_states):
+            awaited.add("base")
+        return awaited
+
+    def _ends_base(self, block: int) -> bool:
+        """Whether the hidden state of `block` is what the base model returns: that of the last one, where a final norm follows."""
+        return self._last_block == "base" and block == self.depth - 1
+
+    def _hooks(self, plan: CapturePlan, found: Arrivals, stop_early: bool) -> list:
         handles = []
-        if plan.pooled:
+        by_hooks = stop_early or not self.is_pretrained
+        if plan.pooled or by_hooks and any(self._ends_base(k) for k in plan.hidden_states):
             base = self.inner.base_model if self.is_pretrained else self.inner
             handles.append(base.register_forward_hook(lambda _m, _a, out: found.__setitem__("base", out)))
-        if not self.is_pretrained and (plan.hidden_states or plan.embeddings):
-            modules = self.blocks.modules
-            if plan.embeddings:
-                hook = modules[0].register_forward_pre_hook(
-                    lambda _m, args, kwargs: found.__setitem__("embeddings", args[0] if args else kwargs["hidden_states"]),
-                    with_kwargs=True,
+        if not by_hooks:
+            return handles
+        if plan.embeddings:
+            hook = self.blocks.modules[0].register_forward_pre_hook(
+                lambda _m, args, kwargs: found.__setitem__("embeddings", args[0] if args else kwargs["hidden_states"]),
+                with_kwargs=True,
+            )
+            handles.append(hook)
+        blocks = {k for k in plan.hidden_states if not self._ends_base(k)}
+        if stop_early and self._tap is not None:
+            if isinstance(self._tap, InterfaceTap):
+                self._tap.on_seen = lambda block: found.__setitem__(("attention", block), True)
+            else:
+                blocks |= plan.blocks_of(ATTENTION_SIGNALS)
+        for k in blocks:
+            handles.append(
+                self.blocks.modules[k].register_forward_hook(
+                    lambda _m, _a, out, k=k: found.__setitem__(("block", k), out[0] if isinstance(out, tuple) else out)
                 )
-                handles.append(hook)
-            for k in plan.hidden_states:
-                handles.append(
-                    modules[k].register_forward_hook(
-                        lambda _m, _a, out, k=k: found.__setitem__(k, out[0] if isinstance(out, tuple) else out)
-                    )
-                )
+            )
         return handles
 
     def _signals(self, batch, plan, output, found, attention, masks) -> Signals:
@@ -197,7 +294,7 @@ class Capture:
         if isinstance(mask, Tensor) and mask.dim() == 2:
             signals.attention_mask = mask.bool()
         signals.target_mask = marked_targets(batch)
-        if self.is_pretrained and (plan.hidden_states or plan.embeddings):
+        if self.is_pretrained and (plan.hidden_states or plan.embeddings) and output is not None:
             states = output["hidden_states"]
             if states is None or len(states) != self.depth + 1:
                 got = None if states is None else len(states)
@@ -209,8 +306,14 @@ class Capture:
             signals.hidden_states = {k: states[k + 1] for k in plan.hidden_states}
         elif plan.hidden_states or plan.embeddings:
             signals.embeddings = found.get("embeddings")
-            signals.hidden_states = {k: found[k] for k in plan.hidden_states}
+            signals.hidden_states = {
+                k: found["base"]["last_hidden_state"] if self._ends_base(k) else found["block", k] for k in plan.hidden_states
+            }
         if plan.pooled:
+            if "base" not in found:
+                raise ValueError(
+                    f"The {self.name} never calls its base model, whose output signal 'pooled' is taken from. Use signal 'hidden_states'."
+                )
             signals.pooled = self._pool(found["base"], signals.attention_mask)
         for signal in ATTENTION_SIGNALS:
             wanted, got = getattr(plan, signal), attention.get(signal, {})

@@ -202,6 +202,19 @@ PAPERS = {
   booktitle = {International Conference on Learning Representations},
   year = {2021}
 }""",
+    "gu2023": """@inproceedings{gu2024minillm,
+  title = {{MiniLLM}: Knowledge Distillation of Large Language Models},
+  author = {Gu, Yuxian and Dong, Li and Wei, Furu and Huang, Minlie},
+  booktitle = {International Conference on Learning Representations},
+  year = {2024}
+}""",
+    "agarwal2023": """@inproceedings{agarwal2024onpolicy,
+  title = {On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes},
+  author = {Agarwal, Rishabh and Vieillard, Nino and Zhou, Yongchao and Stanczyk, Piotr and Ramos, Sabela and Geist, Matthieu and
+    Bachem, Olivier},
+  booktitle = {International Conference on Learning Representations},
+  year = {2024}
+}""",
 }
 
 LOSS_PAPERS = {
@@ -246,6 +259,8 @@ LOSS_PAPERS = {
         "oord2018",
         "tian2020",
     ),
+    "reverse_kl": ("gu2023",),
+    "jsd": ("agarwal2023",),
 }
 """Name of a loss -> its papers. The task loss has none."""
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import gc
 import itertools
-import re
 import statistics
-import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import Path
 
 import torch
+from torch import Tensor
+from transformers import Trainer
 
-from .benchmark import MEGABYTE
+from .process_memory import MEGABYTE, forget_peak, peak
 from .trainer import DistillationTrainer
 
 
@@ -70,35 +68,17 @@ def peak_memory(trainer: DistillationTrainer, steps: int = 3) -> float:
     """
     device = trainer.args.device
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        start = torch.cuda.memory_allocated(device)
-    else:
-        with suppress(OSError):  # Linux: the peak so far is forgotten
-            Path("/proc/self/clear_refs").write_text("5")
-        start = _resident()
+    start = forget_peak(device)
     own = OptimizerSteps(trainer)
     for _ in range(steps):
         own.take()
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
-    return max(peak - start, 0) / MEGABYTE
-
-
-def _resident(what: str = "VmRSS") -> int:
-    """Bytes of this process in memory now (`VmRSS`), or at most so far (`VmHWM`)."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        # Not ru_maxrss: a process that was started by a large one inherits that one's.
-        return int(re.search(rf"{what}:\s+(\d+) kB", status.read_text())[1]) * 1024
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return max(peak(device) - start, 0) / MEGABYTE
 
 
 class OptimizerSteps:
-    """Optimizer steps of one trainer outside of its training loop, always on the same batches."""
+    """Optimizer steps of one trainer, which may be a plain `Trainer`, outside of its training loop, always on the same batches."""
 
-    def __init__(self, trainer: DistillationTrainer):
+    def __init__(self, trainer: Trainer):
         self.trainer = trainer
         args = trainer.args
         self.batches = list(itertools.islice(iter(trainer.get_train_dataloader()), args.gradient_accumulation_steps))
@@ -108,22 +88,39 @@ class OptimizerSteps:
 
     def take(self) -> float:
         """One step; returns its seconds."""
-        trainer = self.trainer
         self._wait()
         start = time.perf_counter()
-        batches, items = trainer.get_batch_samples(iter([dict(batch) for batch in self.batches]), len(self.batches), trainer.args.device)
-        trainer.current_gradient_accumulation_steps = len(batches)
-        for inputs in batches:
-            trainer.training_step(self.model, inputs, items)
-        if trainer.args.max_grad_norm > 0:
-            trainer._clip_grad_norm(self.model)
-        trainer.optimizer.step()
-        self.model.zero_grad()
-        trainer.objective.zero_grad()
+        self.backward()
+        self.update()
         self._wait()
         seconds = time.perf_counter() - start
-        trainer.rest()
+        self.rest()
         return seconds
+
+    def backward(self) -> Tensor:
+        """Forward and backward passes of all batches; returns the loss."""
+        trainer = self.trainer
+        batches, items = trainer.get_batch_samples(iter([dict(batch) for batch in self.batches]), len(self.batches), trainer.args.device)
+        trainer.current_gradient_accumulation_steps = len(batches)
+        return sum(trainer.training_step(self.model, inputs, items) for inputs in batches)
+
+    def update(self) -> None:
+        """Clips, moves the weights, and clears the gradients."""
+        if self.trainer.args.max_grad_norm > 0:
+            self.trainer._clip_grad_norm(self.model)
+        self.trainer.optimizer.step()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets the gradients."""
+        self.model.zero_grad()
+        if isinstance(self.trainer, DistillationTrainer):
+            self.trainer.objective.zero_grad()
+
+    def rest(self) -> None:
+        """Between its steps the trainer costs others nothing."""
+        if isinstance(self.trainer, DistillationTrainer):
+            self.trainer.rest()
 
     def _wait(self) -> None:
         if self.trainer.args.device.type != "cpu":

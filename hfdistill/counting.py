@@ -21,6 +21,9 @@ SOFT_LABELS = "soft_labels"
 """Column `(batch, classes)` of shares of the classes, as mixup and cutmix make them; rows count where `labels` is not -100."""
 EXAMPLE_ID = "example_id"
 """Column `(batch,)`: the number of each training example, for losses that remember examples."""
+SEQUENCE_IDS = "sequence_ids"
+"""Column `(rows, length)` of packed batches, see [`PackingCollator`]: which of the row's sequences (1, 2, ...) a token belongs to, 0 where
+there is padding. It stands in for `attention_mask`."""
 SPAN_COLUMNS = ("start_positions", "end_positions")
 LABEL_COLUMNS = ("labels", "label", "label_ids", *SPAN_COLUMNS)
 """Columns that hold hard labels: models are never given them, since the loss is ours."""
@@ -91,22 +94,38 @@ def span_labels(positions: Tensor, tokens: Tensor | None) -> Tensor:
     return torch.where(real, positions, -100)
 
 
+def real_tokens(batch: Mapping) -> Tensor | None:
+    """bool `(batch, length)`: tokens that are no padding; `None` where the batch does not say, as for images and texts of one length."""
+    for name in (SEQUENCE_IDS, "attention_mask"):
+        mask = batch.get(name)
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            return mask > 0
+    return None
+
+
 def marked_targets(batch: Mapping) -> Tensor | None:
     """bool `(batch, length)`: real tokens that the column `target_mask` marks (above 0); `None` where the batch has no such column."""
-    marks, tokens = batch.get(TARGET_MASK), batch.get("attention_mask")
+    marks, tokens = batch.get(TARGET_MASK), real_tokens(batch)
     if not isinstance(marks, Tensor):
         return None
-    return (marks > 0) & tokens.bool() if isinstance(tokens, Tensor) and tokens.dim() == 2 else marks > 0
+    return marks > 0 if tokens is None else (marks > 0) & tokens
 
 
-def count_pairs(tokens: Tensor, causal: bool, window: int | None) -> Tensor:
+def count_pairs(tokens: Tensor, causal: bool, window: int | None, sequences: Tensor | None = None) -> Tensor:
     """Pairs of real tokens that attention allows, from the padding mask alone.
 
     Args:
         tokens: bool `(batch, length)`.
         causal: a query sees no later key.
         window: a query sees keys at a distance below `window`; `None` for all.
+        sequences: integer `(batch, length)`, the sequence of each token where a row holds several, which do not see each other.
     """
+    if sequences is not None:
+        position = torch.arange(tokens.size(1), device=tokens.device)
+        distance = position[:, None] - position[None]
+        seen = (distance >= 0) if causal else torch.ones_like(distance, dtype=torch.bool)
+        seen = seen if window is None else seen & (distance.abs() < window)
+        return (seen & (sequences[:, :, None] == sequences[:, None]) & tokens[:, None]).sum()
     length = tokens.size(1)
     seen = torch.nn.functional.pad(tokens.long().cumsum(1), (1, 0))  # seen[:, i] = real tokens before position i
     position = torch.arange(length, device=tokens.device)
@@ -126,8 +145,7 @@ def count_units(batch: Mapping, units: Iterable[Unit], task: str, problem_type: 
     labels = labels_of(batch)
     tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.dim() > 0]
     rows, device = tensors[0].size(0), tensors[0].device
-    mask = batch.get("attention_mask")
-    mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    mask, packed = real_tokens(batch), batch.get(SEQUENCE_IDS)
     ids = batch.get("input_ids")
     if mask is None and isinstance(ids, Tensor) and ids.dim() == 2:
         mask = torch.ones_like(ids, dtype=torch.bool)
@@ -136,13 +154,15 @@ def count_units(batch: Mapping, units: Iterable[Unit], task: str, problem_type: 
     counts: dict[Unit, Tensor | None] = {}
     for unit in units:
         if unit.kind == "samples":
-            counts[unit] = torch.tensor(rows, device=device)
+            counts[unit] = torch.full((), rows, device=device)
+        elif unit.kind == "sequences" and packed is not None:
+            counts[unit] = packed.amax(1).sum()
         elif unit.kind == "sequences":
-            counts[unit] = torch.tensor(rows, device=device) if mask is None else mask.any(1).sum()
+            counts[unit] = torch.full((), rows, device=device) if mask is None else mask.any(1).sum()
         elif unit.kind == "partners":
             counts[unit] = torch.zeros((), dtype=torch.long, device=device) if labels is None else has_partner(labels).sum()
         elif unit.kind == "spans":
-            counts[unit] = torch.tensor(2 * rows, device=device) if mask is None else 2 * mask.any(1).sum()
+            counts[unit] = torch.full((), 2 * rows, device=device) if mask is None else 2 * mask.any(1).sum()
         elif unit.kind == "labels":
             present = None if labels is None else valid_labels(labels, task, problem_type)
             counts[unit] = torch.zeros((), dtype=torch.long, device=device) if present is None else present.sum()
@@ -157,7 +177,7 @@ def count_units(batch: Mapping, units: Iterable[Unit], task: str, problem_type: 
         elif unit.kind == "next_tokens":
             counts[unit] = (mask[:, 1:] & mask[:, :-1]).sum()
         else:
-            counts[unit] = count_pairs(mask, unit.causal, unit.window)
+            counts[unit] = count_pairs(mask, unit.causal, unit.window, packed)
     return counts
 
 

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from .bound_term import BoundTerm
 from .capture import CapturePlan, plan_for
-from .counting import Denominators, Unit, span_labels, token_mask, valid_labels
+from .counting import Denominators, Unit, span_labels, token_mask
 from .losses.task import TaskCrossEntropyLoss
+from .losses.top_k import top_k_soft_targets
 from .models.layer_map import Pairs, resolve_layer_map
-from .signals import STAGE_SIGNALS, Signals
+from .signals import STAGE_SIGNALS, Signals, TopLogits
 from .terms import PAIRS
+from .vocabulary_terms import FusedTerms, compared_positions, target_labels
 
 
 @dataclass
@@ -23,7 +25,8 @@ class Part:
     """One term of one micro-batch.
 
     `value` is unweighted and divided by the count of the window (training) or of the batch (evaluation); `totals` and
-    `counts` are the sums and row counts behind it, one per mapped pair, detached.
+    `counts` are the sums and row counts behind it, one per mapped pair, detached. `contribution` is what it adds to the loss, with
+    a graph: `weight * value`, except for terms that were computed together, where one part carries the graph of all.
     """
 
     name: str
@@ -31,6 +34,7 @@ class Part:
     value: Tensor
     totals: Tensor
     counts: Tensor
+    contribution: Tensor
 
 
 class Objective(nn.Module):
@@ -49,6 +53,7 @@ class Objective(nn.Module):
         self.vocabulary: int | None = None
         self.register_buffer("teacher_columns", None, persistent=False)  # of the kept tokens, under a student with a pruned vocabulary
         self.task_loss: nn.Module = nn.Identity()
+        self.fused: FusedTerms | None = None  # where the logits of a vocabulary are made chunk by chunk
 
     def measures_others(self, progress: float) -> bool:
         """Whether a term that has a weight at `progress` has a value for rows that are not trained on."""
@@ -121,9 +126,13 @@ class Objective(nn.Module):
             example_ids: `(batch,)`, for losses that remember examples, which have no part in evaluation (eval mode).
         """
         parts = []
+        if student.projection is not None:
+            parts = self._fused_parts(student, teacher, labels, progress, denominators)
         for term, weight in self.active(progress):
             if not self.training and term.remembers:
                 continue  # it remembers training examples, of which there are none here
+            if student.projection is not None and term.signal == "logits":
+                continue
             options = {name: schedule(progress) for name, schedule in term.schedules.items()}
             inputs = {"labels": labels, "soft_labels": soft_labels, "example_ids": example_ids}
             own = pairs.get(term.name, [None])
@@ -140,8 +149,48 @@ class Objective(nn.Module):
                 counts.append(count.detach())
             value = torch.stack(values)
             value = value.sum() if term.reduction == "sum" else value.mean()
-            parts.append(Part(term.name, weight, value, torch.stack(totals), torch.stack(counts)))
+            parts.append(Part(term.name, weight, value, torch.stack(totals), torch.stack(counts), weight * value))
         return parts
+
+    def _fused_parts(
+        self, student: Signals, teacher: Signals | None, labels: Tensor | None, progress: float, denominators: Denominators
+    ) -> list[Part]:
+        """The parts of all logit terms, whose logits are made chunk by chunk; the first one carries the graph of all."""
+        terms = [(term, weight) for term, weight in self.active(progress) if term.signal == "logits"]
+        divisors = {term.name: denominators.of(self.unit_of(term), torch.zeros(()), student.shape[0]) for term, _ in terms}
+        combined, values = self.fused(
+            terms,
+            student,
+            teacher,
+            None if labels is None else self._at_rows(target_labels(labels, self.task), student.rows),
+            masks=lambda: self._at_rows(self._compared(student, teacher, labels, student.shape), student.rows),
+            divisor=lambda term: divisors[term.name],
+            options=lambda term: {name: schedule(progress) for name, schedule in term.schedules.items()},
+            shared=self.vocabulary,
+            teacher_columns=self.teacher_columns,
+        )
+        return [
+            Part(
+                term.name,
+                weight,
+                total / divisors[term.name],
+                total[None],
+                count[None],
+                combined if index == 0 else torch.zeros_like(total),
+            )
+            for index, ((term, weight), (total, count)) in enumerate(zip(terms, values))
+        ]
+
+    @staticmethod
+    def _at_rows(tensor: Tensor, rows: Tensor) -> Tensor:
+        """Of `(batch, length, ...)`, the flattened positions `rows`."""
+        return tensor.flatten(0, 1)[rows]
+
+    def _compared(self, student: Signals, teacher: Signals | None, labels: Tensor | None, shape: tuple[int, int]) -> Tensor:
+        """bool `(batch, length)`: where logits are compared with the teacher's."""
+        device = (student.projection.features if student.logits is None else student.logits).device
+        tokens = token_mask(student, teacher, shape, device)
+        return compared_positions(tokens, student.target_mask, labels, self.task, self.positions, shape, device)
 
     def _compare(self, term: BoundTerm, index: int, pair, student: Signals, teacher: Signals | None, inputs: Mapping, options: dict):
         """`(sum, count, samples)` of one pair of a term, or of all pairs of a joint one, which are then in `pair`."""
@@ -151,10 +200,13 @@ class Objective(nn.Module):
         if term.term.is_task:
             return self.task_value(student, labels, inputs["soft_labels"], inference=not self.training)
         loss = term.loss_of(index)
-        options = {**options, **{name: self._input(term, name, inputs) for name in loss.needs}}
+        options = {**options, **{name: self._input(term, name, inputs, student.rows) for name in loss.needs}}
         if term.signal == "logits":
             s, t, mask = self._logit_rows(student, teacher, labels)
             mask = None if loss.unit == "labels" else mask  # its rows are those with a label
+            if isinstance(t, TopLogits):
+                temperature = options.get("temperature", loss.temperature)
+                return *top_k_soft_targets(s, t, mask, temperature), s.size(0)
         elif term.signal == "attention_scores":
             s, t = term.tensors(pair, student, teacher)
             mask = student.attention_allowed[pair[0]] & teacher.attention_allowed[pair[1]].to(s.device)
@@ -177,7 +229,7 @@ class Objective(nn.Module):
         s, _ = term.tensors(pair, student, teacher)
         return term.token_masks(student, teacher, s)
 
-    def _input(self, term: BoundTerm, name: str, inputs: Mapping) -> Tensor:
+    def _input(self, term: BoundTerm, name: str, inputs: Mapping, rows: Tensor | None) -> Tensor:
         """What a loss needs from the batch beside the signals."""
         value = inputs[name]
         if value is None:
@@ -191,6 +243,8 @@ class Objective(nn.Module):
                 f"The term {term.name!r} ({term.loss_name}) needs one class for each row, but mixup and cutmix mix them. Turn mixing off, "
                 "or use soft_targets."
             )
+        if name == "labels" and term.signal == "logits" and rows is not None:
+            return self._at_rows(target_labels(value, self.task), rows)
         return value[:, 1:] if name == "labels" and self.task == "causal_lm" and term.signal == "logits" else value
 
     @staticmethod
@@ -218,8 +272,10 @@ class Objective(nn.Module):
                 "The objective has a task term, but the batch has no labels. Add a 'labels' column (-100 where a label is missing), "
                 "or set task_weight to 0."
             )
-        samples = logits.size(0)
-        if self.task == "causal_lm":
+        samples = labels.size(0)
+        if student.rows is not None:
+            labels = self._at_rows(target_labels(labels, self.task), student.rows)
+        elif self.task == "causal_lm":
             logits, labels = logits[:, :-1], labels[:, 1:]
         if self.task == "question_answering":
             (logits,), real = _real_positions(student, None, logits)
@@ -234,35 +290,34 @@ class Objective(nn.Module):
         return *self.task_loss(logits, labels), samples
 
     def _logit_rows(self, student: Signals, teacher: Signals, labels: Tensor | None):
+        """Logits of both models, row by row, and the mask of the rows that are compared (`None` for all)."""
         s = student.logits if student.distillation_logits is None else student.distillation_logits
-        t = teacher.logits.to(s.device)
+        if teacher.top_logits is not None:
+            return s, teacher.top_logits, self._row_mask(student, teacher, labels)
+        t = teacher.logits if teacher.projection is None else teacher.projection.logits()
+        t = t.to(s.device)
+        if student.rows is not None and teacher.rows is None:  # a function as the teacher answers for all positions
+            t = self._at_rows(t, student.rows)
         if self.label_order is not None:
             t = t[..., self.label_order]
         if self.vocabulary is not None:
             columns = slice(self.vocabulary) if self.teacher_columns is None else self.teacher_columns
             s, t = s[..., : self.vocabulary], t[..., columns]
-        if self.task == "sequence":
-            return s, t, None
         if self.task == "question_answering":
             (s, t), real = _real_positions(student, teacher, s, t)
             return s, t, real.any(1, keepdim=True).expand(-1, 2)
-        if self.positions == "labelled":
-            if labels is None:
-                raise ValueError(
-                    "kd_positions='labelled' needs labels, but the batch has none. Add a 'labels' column, or set kd_positions='all'."
-                )
-            mask = valid_labels(labels, self.task, self.problem_type)
-        elif self.positions == "marked":
-            if student.target_mask is None:
-                raise ValueError(
-                    "kd_positions='marked' needs the column 'target_mask' (1 at the positions that count), but the batch has none. Let "
-                    "the collator keep it (TokenCollator does), or set kd_positions='labelled'."
-                )
-            mask = student.target_mask[:, 1:] if self.task == "causal_lm" else student.target_mask
-        else:
-            mask = token_mask(student, teacher, tuple(s.shape[:2]), s.device)
-            mask = mask[:, 1:] & mask[:, :-1] if self.task == "causal_lm" else mask
-        return (s[:, :-1], t[:, :-1], mask) if self.task == "causal_lm" else (s, t, mask)
+        if self.task == "causal_lm" and student.rows is None:
+            s, t = s[:, :-1], t[:, :-1]
+        return s, t, self._row_mask(student, teacher, labels)
+
+    def _row_mask(self, student: Signals, teacher: Signals, labels: Tensor | None) -> Tensor | None:
+        """Which rows of the student's logits are compared; `None` for all."""
+        if self.task == "sequence":
+            return None
+        if student.rows is None:
+            mask = self._compared(student, teacher, labels, tuple(student.logits.shape[:2]))
+            return mask[:, :-1] if self.task == "causal_lm" else mask
+        return self._at_rows(self._compared(student, teacher, labels, student.shape), student.rows)
 
     @property
     def answer_plan(self) -> CapturePlan:
@@ -304,4 +359,3 @@ def _real_positions(student: Signals, teacher: Signals | None, *logits: Tensor) 
         )
     real = token_mask(student, teacher, positions, logits[0].device)
     return [tensor.masked_fill(~real.unsqueeze(1), float("-inf")) for tensor in logits], real
-

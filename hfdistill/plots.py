@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .report import BASELINE_NAMES, MODEL_NAMES
+from .step_clock import PROFILE_NAMES
 
 
 # Okabe and Ito's palette: distinct for colour-blind readers too.
@@ -22,7 +23,7 @@ COLOURS = {
 }
 _OTHER_COLOURS = ("#D55E00", "#56B4E9", "#8C6D31", "#7F7F7F")
 _PART_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", *_OTHER_COLOURS)
-_NOT_A_LOSS = {"loss", "step", "epoch", "grad_norm", "learning_rate", "total_flos", "num_input_tokens_seen"}
+_NOT_A_LOSS = {"loss", "step", "epoch", "grad_norm", "learning_rate", "total_flos", "num_input_tokens_seen", *PROFILE_NAMES}
 _LOG_AXIS_FROM = 8.0
 _LINE_HEIGHT = 0.075  # of the panel: the least distance between two labels
 

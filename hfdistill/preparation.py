@@ -19,7 +19,7 @@ from .models.anatomy import is_base_model, task_of, unwrap_peft
 from .models.peft_student import is_peft_student
 from .objective import Objective
 from .sentence_encoder import read_sentence_encoder
-from .teachers import AdaptersOffTeacher, CallableTeacher, FrozenTeacher
+from .teachers import AdaptersOffTeacher, CallableTeacher, FrozenTeacher, StoredTeacher
 from .teachers.base_model import BASE
 from .teachers.loading import load_image_processor, load_teacher, load_tokenizer
 from .terms import Term
@@ -228,7 +228,7 @@ def wrap_teacher(teacher, args, accelerator, pooling: str | None = None) -> Froz
                 "Pass a copy of the base as the teacher, or use DDP (recipes/accelerate/multi_gpu.yaml)."
             )
         return teacher
-    if teacher is None or isinstance(teacher, (FrozenTeacher, CallableTeacher)):
+    if teacher is None or isinstance(teacher, (FrozenTeacher, CallableTeacher, StoredTeacher)):
         return teacher
     if isinstance(teacher, nn.Module):
         mixed = args.teacher_dtype is None and accelerator.mixed_precision in ("bf16", "fp16")
@@ -289,7 +289,7 @@ def align(objective: Objective, student: Capture, teacher: Capture | None, args,
         objective.label_order = resolve_label_order(*configs, args.teacher_label_order)
     sizes = [getattr(config, "vocab_size", None) for config in configs]
     language_model = objective.task in ("masked_lm", "causal_lm")
-    if isinstance(teacher, Capture) and teacher.token_ids is not None:
+    if getattr(teacher, "token_ids", None) is not None:
         if language_model:
             objective.vocabulary, objective.teacher_columns = len(teacher.token_ids), teacher.token_ids.to(args.device)
     elif None not in sizes:

@@ -15,12 +15,13 @@ from .losses.base import DistillationLoss
 from .losses.pairs import ContrastivePairsLoss
 from .schedules import Schedule, resolve_schedule
 from .signals import LAYERED_SIGNALS, SIGNALS
+from .step_clock import PROFILE_NAMES
 from .suggest import nearest_or_all
 
 
 TASK = "task"
 PAIRS = "contrastive_pairs"
-RESERVED_NAMES = ("loss", "grad_norm", "learning_rate", "epoch", "step", "runtime")
+RESERVED_NAMES = ("loss", "grad_norm", "learning_rate", "epoch", "step", "runtime", *PROFILE_NAMES)
 
 
 @dataclass

@@ -42,16 +42,19 @@ from .preparation import (
     warn_of_preparation,
     wrap_teacher,
 )
-from .teachers import AdaptersOffTeacher, FrozenTeacher
+from .teachers import AdaptersOffTeacher, FrozenTeacher, StoredTeacher
 from .terms import Term, resolve_terms
 from .trainer_files import TrainerFiles
 from .trainer_optimization import TrainerOptimization
+from .trainer_profile import TrainerProfile
+from .trainer_sampling import TrainerSampling
 from .trainer_search import TrainerSearch
+from .trainer_shortcuts import NOTHING, TrainerShortcuts
+from .trainer_store import TrainerStore
+from .vocabulary_terms import loss_rows
 
 
 logger = logging.getLogger(__name__)
-
-NOTHING = CapturePlan(logits=False)
 
 
 @dataclass
@@ -65,7 +68,9 @@ class Window:
     denominators: Denominators
 
 
-class DistillationTrainer(TrainerOptimization, TrainerFiles, TrainerSearch):
+class DistillationTrainer(
+    TrainerProfile, TrainerOptimization, TrainerSampling, TrainerFiles, TrainerSearch, TrainerStore, TrainerShortcuts
+):
     """Trains a student under a teacher; everything else is `transformers.Trainer`.
 
     Args:
@@ -143,6 +148,7 @@ class DistillationTrainer(TrainerOptimization, TrainerFiles, TrainerSearch):
                 f"{self.args.n_gpu} GPUs are visible to one process, which would run DataParallel; its averaging of losses is not "
                 "supported. Start with `accelerate launch`, or show one GPU with CUDA_VISIBLE_DEVICES=0."
             )
+        teacher = self._stored_teacher(teacher)
         pooling = own_pooling(teacher, self.model, self.args)
         teacher, tokenizer = load_by_name(teacher, self.model, self.args, self.processing_class)
         self.teacher_processing_class = teacher_processing_class or tokenizer
@@ -151,6 +157,7 @@ class DistillationTrainer(TrainerOptimization, TrainerFiles, TrainerSearch):
         self.teacher = wrap_teacher(teacher, self.args, self.accelerator, pooling)
         self.label_names = resolve_label_names(self.model, self.args.label_names, self.label_names)
         self._bind()
+        self._check_store()
         self.add_callback(_ObjectiveCallback(self))
         if (
             self.preprocess_logits_for_metrics is None
@@ -178,7 +185,7 @@ class DistillationTrainer(TrainerOptimization, TrainerFiles, TrainerSearch):
         self.student = Capture(self.model, "student")
         if isinstance(self.teacher, AdaptersOffTeacher):
             self.teacher.follow(self.student)
-        teacher = self.teacher.capture if isinstance(self.teacher, (FrozenTeacher, AdaptersOffTeacher)) else None
+        teacher = self.teacher.capture if isinstance(self.teacher, (FrozenTeacher, AdaptersOffTeacher, StoredTeacher)) else None
         translate_tokens(self.student, teacher, self.processing_class, self.teacher_processing_class)
         self._signature_columns = None
         if args.remove_unused_columns:
@@ -216,6 +223,7 @@ class DistillationTrainer(TrainerOptimization, TrainerFiles, TrainerSearch):
             for tensor in [*self.objective.parameters(), *self.objective.buffers()]:  # a user's adapter may start differently on each rank
                 tensor.data.copy_(broadcast(tensor.data))
         align(self.objective, self.student, teacher, args, self.processing_class, self.teacher_processing_class)
+        self._choose_shortcuts(teacher, example_batch(self.model) if example is None else example)
         self._window: Window | None = None
         self._check_counts = True
         self._training_parts, self._evaluation_parts = TrainingParts(), EvaluationParts()
@@ -308,7 +316,7 @@ class DistillationTrainer(TrainerOptimization, TrainerFiles, TrainerSearch):
         training = model.training and self._window is not None
         if training or (self.args.eval_with_teacher and self.teacher is not None and self.objective.measures_others(self._progress())):
             logits, parts = self._parts(model, inputs, self._window if training else None)
-            loss = sum(part.weight * part.value for part in parts)
+            loss = sum(part.contribution for part in parts)
             if training:
                 # The trainer averages gradients over ranks, the denominators already count all of them.
                 loss = loss * self.accelerator.num_processes
@@ -338,12 +346,21 @@ class DistillationTrainer(TrainerOptimization, TrainerFiles, TrainerSearch):
                 window.denominators,
             )
         student_plan = plans[0] if window is not None else plans[0].union(self.objective.answer_plan)
-        student = self.student(inputs, student_plan, forward=model)
-        teacher = self.teacher(inputs, plans[1]) if plans[1] != NOTHING else None
+        labels, rows, teacher = labels_of(inputs), None, None
+        if window is not None and self._head != "full":
+            terms = [term for term, _ in self.objective.active(progress)]
+            rows = loss_rows(inputs, labels, terms, self.objective.task, self.objective.positions)
+        with self.clock.section("student"):
+            student = self.student(inputs, student_plan, forward=model, rows=rows, project=self._head != "chunked")
+        if plans[1] != NOTHING:
+            teacher_rows = rows if plans[1].logits and self._teacher_rows else None
+            with self.clock.section("teacher"):
+                teacher = self.teacher(inputs, plans[1], rows=teacher_rows, project=self._teacher_projects)
         self.objective.train(window is not None)
-        parts = self.objective(
-            student, teacher, labels_of(inputs), progress, pairs, denominators, inputs.get(SOFT_LABELS), inputs.get(EXAMPLE_ID)
-        )
+        with self.clock.section("loss"):
+            parts = self.objective(
+                student, teacher, labels, progress, pairs, denominators, inputs.get(SOFT_LABELS), inputs.get(EXAMPLE_ID)
+            )
         if window is not None and self._check_counts:
             self._verify_counts(inputs, pairs, parts, denominators)
         return self.objective.answer(student), parts
@@ -442,7 +459,7 @@ class _ObjectiveCallback(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.epoch = int(state.epoch + 1e-6) if self.epoch is None else self.epoch + 1
         if hasattr(self.trainer.data_collator, "set_epoch"):
-            self.trainer.data_collator.set_epoch(self.epoch)
+            self.trainer.data_collator.set_epoch(self.trainer.data_epoch(self.epoch))
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.epoch = None

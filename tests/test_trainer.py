@@ -102,6 +102,9 @@ def test_hooks_of_the_stock_trainer_still_have_our_signatures():
     for name in (
         "compute_loss",
         "get_batch_samples",
+        "_prepare_inputs",
+        "_get_train_sampler",
+        "_get_eval_sampler",
         "training_step",
         "prediction_step",
         "evaluation_loop",

@@ -58,6 +58,7 @@ def arguments(tmp_path, **options) -> DistillationTrainingArguments:
         save_strategy="no",
         disable_tqdm=True,
         dataloader_pin_memory=False,
+        log_step_profile=False,  # logs are compared
         seed=3,
     )
     return DistillationTrainingArguments(**{**defaults, **options})

@@ -1,6 +1,7 @@
 """The losses, one topic a file. They know tensors, and no model.
 
-Hard labels: `task`, `spans`, `pairs`. Logits: `logits`, `decoupled`, `correlation`, `ranking`. Hidden states: `hidden`, `patient`,
+Hard labels: `task`, `spans`, `pairs`. Logits: `logits`, `divergences`, `decoupled`, `correlation`, `ranking`, of vocabularies
+`top_k`, `vocabulary`. Hidden states: `hidden`, `patient`,
 `attention`, `relation`. Feature maps: `hint`, `maps`, `flow`, `information`, `review`. Relations between samples: `sample_relations`,
 `instance_graph`, `contrastive`, `memory_bank`.
 """
@@ -13,6 +14,7 @@ from .batch import BatchLoss
 from .contrastive import InfoNCELoss
 from .correlation import DISTLoss
 from .decoupled import DecoupledLoss
+from .divergences import JSDLoss, ReverseKLLoss
 from .flow import FSPLoss
 from .hidden import CosineLoss, EmbeddingMSELoss, HiddenMomentsLoss, HiddenMSELoss, NormalizedHiddenMSELoss
 from .hint import HintLoss
@@ -69,6 +71,8 @@ LOSSES: dict[str, type[DistillationLoss]] = {
     "dark_rank": DarkRankLoss,
     "crd": CRDLoss,
     "info_nce": InfoNCELoss,
+    "reverse_kl": ReverseKLLoss,
+    "jsd": JSDLoss,
 }
 """Name in arguments and YAML -> distillation loss."""
 
@@ -99,6 +103,7 @@ __all__ = [
     "HintLoss",
     "InfoNCELoss",
     "InstanceGraphLoss",
+    "JSDLoss",
     "LogitMSELoss",
     "LossValue",
     "MarginMSELoss",
@@ -110,6 +115,7 @@ __all__ = [
     "RKDDistanceLoss",
     "RegressionMSELoss",
     "RelationKLLoss",
+    "ReverseKLLoss",
     "ReviewLoss",
     "SimilarityKLLoss",
     "SimilarityPreservingLoss",

@@ -62,14 +62,10 @@ class TaskCrossEntropyLoss(TaskLoss):
     def __init__(self, ignore_index: int = MISSING_LABEL, label_smoothing: float = 0.0):
         super().__init__()
         self.ignore_index = ignore_index
-        self.label_smoothing = _check_label_smoothing(label_smoothing)
+        self.label_smoothing = check_label_smoothing(label_smoothing)
 
     def compute(self, logits: Tensor, labels: Tensor, soft_labels: Tensor | None = None) -> LossValue:
-        if labels.is_floating_point() or labels.dtype == torch.bool:
-            raise ValueError(
-                f"labels have dtype {labels.dtype} and shape {tuple(labels.shape)}, but cross entropy takes class ids. "
-                "Pass integer labels, or set problem_type to 'multi_label_classification' or 'regression'."
-            )
+        check_class_ids(labels)
         if labels.shape != logits.shape[:-1]:
             raise ValueError(
                 f"logits have shape {tuple(logits.shape)} and labels {tuple(labels.shape)}: there must be one class id for each row of "
@@ -83,8 +79,7 @@ class TaskCrossEntropyLoss(TaskLoss):
             )
         labels = labels.long()
         present = labels != self.ignore_index
-        if labels.device.type == "cpu":
-            self._check_range(labels[present], classes)
+        check_class_range(labels, classes, self.ignore_index)
         if soft_labels is None:
             targets = torch.where(present, labels, 0).reshape(-1)
         elif soft_labels.shape != logits.shape:
@@ -100,14 +95,6 @@ class TaskCrossEntropyLoss(TaskLoss):
     def rows(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss of each row: `(rows, classes)` and `(rows,)`, or soft `(rows, classes)`, -> `(rows,)`."""
         return cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
-
-    def _check_range(self, labels: Tensor, classes: int) -> None:
-        outside = labels[(labels < 0) | (labels >= classes)]
-        if outside.numel():
-            raise ValueError(
-                f"label {outside[0].item()} is no class of the model, which has {classes} classes (0 to {classes - 1}): its probability "
-                f"does not exist. Set num_labels (or fix label2id), and mark rows without a label with {self.ignore_index}."
-            )
 
 
 class TaskBinaryCrossEntropyLoss(TaskLoss):
@@ -131,7 +118,7 @@ class TaskBinaryCrossEntropyLoss(TaskLoss):
 
     def __init__(self, label_smoothing: float = 0.0):
         super().__init__()
-        self.label_smoothing = _check_label_smoothing(label_smoothing)
+        self.label_smoothing = check_label_smoothing(label_smoothing)
 
     def compute(self, logits: Tensor, labels: Tensor) -> LossValue:
         if labels.shape != logits.shape:
@@ -187,7 +174,28 @@ def _mean_over_present(entries: Tensor, present: Tensor) -> LossValue:
     return LossValue(*sum_rows(rows, present.any(-1)))
 
 
-def _check_label_smoothing(label_smoothing: float) -> float:
+def check_class_ids(labels: Tensor) -> None:
+    """`ValueError` unless `labels` are integers."""
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"labels have dtype {labels.dtype} and shape {tuple(labels.shape)}, but cross entropy takes class ids. "
+            "Pass integer labels, or set problem_type to 'multi_label_classification' or 'regression'."
+        )
+
+
+def check_class_range(labels: Tensor, classes: int, ignore_index: int = MISSING_LABEL) -> None:
+    """`ValueError` for a label that is no class; only for labels on the CPU, where looking costs no synchronisation."""
+    if labels.device.type != "cpu":
+        return
+    outside = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
+    if outside.numel():
+        raise ValueError(
+            f"label {outside[0].item()} is no class of the model, which has {classes} classes (0 to {classes - 1}): its probability "
+            f"does not exist. Set num_labels (or fix label2id), and mark rows without a label with {ignore_index}."
+        )
+
+
+def check_label_smoothing(label_smoothing: float) -> float:
     if not 0 <= label_smoothing < 1:
         raise ValueError(
             f"label_smoothing must be at least 0 and below 1, got {label_smoothing!r}: at 1 the labels would not matter. "

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from ..capture import Capture, CapturePlan
 from ..models.peft_student import adapters_off, is_peft_student
 from ..signals import Signals
-from .frozen import concatenate
+from .frozen import concatenate, rows_of_piece
 
 
 BASE = "base"
@@ -40,14 +41,19 @@ class AdaptersOffCapture:
     def name(self) -> str:
         return f"teacher ({type(self.inner).__name__} with its adapters off)"
 
-    def __call__(self, batch: Mapping, plan: CapturePlan) -> Signals:
+    def __call__(self, batch: Mapping, plan: CapturePlan, **how) -> Signals:
         with self._off():
-            return self.student(batch, plan)
+            return self.student(batch, plan, **how)
 
     def require(self, plan: CapturePlan, example: Mapping) -> Signals:
         """As `Capture.require`."""
         with self._off():
             return self.student.require(plan, example)
+
+    def check_early_stop(self, plan: CapturePlan, example: Mapping) -> bool:
+        """As `Capture.check_early_stop`."""
+        with self._off():
+            return self.student.check_early_stop(plan, example)
 
     @contextmanager
     def _off(self) -> Iterator[None]:
@@ -81,6 +87,7 @@ class AdaptersOffTeacher:
 
     def __init__(self, batch_size: int | None = None):
         self.batch_size = batch_size
+        self.stops_early = False
         self.capture: AdaptersOffCapture | None = None
 
     def follow(self, student: Capture) -> None:
@@ -124,13 +131,14 @@ class AdaptersOffTeacher:
     def columns(self) -> list[str]:
         return [] if self.capture is None else self.capture.columns
 
-    def __call__(self, batch: Mapping, plan: CapturePlan) -> Signals:
-        """The signals of the base on `batch`, without a graph."""
+    def __call__(self, batch: Mapping, plan: CapturePlan, rows: Tensor | None = None, project: bool = True) -> Signals:
+        """The signals of the base on `batch`, without a graph; `rows` and `project` as for [`Capture`]."""
         inputs = self.capture.select_inputs(batch)
         tensor = next(value for value in inputs.values() if isinstance(value, Tensor))
-        rows, step = tensor.size(0), self.batch_size or tensor.size(0)
-        cuts = [
-            {k: v[start : start + step] if isinstance(v, Tensor) and v.size(0) == rows else v for k, v in inputs.items()}
-            for start in range(0, rows, step)
-        ]
-        return concatenate([self.capture(cut, plan) for cut in cuts], tensor.device)
+        size, step = tensor.size(0), self.batch_size or tensor.size(0)
+        pieces = []
+        for start in range(0, size, step):
+            cut = {k: v[start : start + step] if isinstance(v, Tensor) and v.size(0) == size else v for k, v in inputs.items()}
+            own = rows_of_piece(rows, inputs, start, step)
+            pieces.append(self.capture(cut, plan, rows=own, project=project, stop_early=self.stops_early))
+        return replace(concatenate(pieces, tensor.device), rows=rows)

@@ -25,7 +25,8 @@ class CallableTeacher:
         self.answer = answer
         self.columns = list(columns if columns is not None else getattr(answer, "columns", []))
 
-    def __call__(self, batch: Mapping, plan: CapturePlan) -> Signals:
+    def __call__(self, batch: Mapping, plan: CapturePlan, rows: Tensor | None = None, project: bool = True) -> Signals:
+        """What the function answers; `rows` and `project` are for models, whose heads can be restricted."""
         with torch.no_grad():
             result = self.answer(batch)
         signals = result if isinstance(result, Signals) else Signals(logits=logits_of(result))

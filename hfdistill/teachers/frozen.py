@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..capture import Capture, CapturePlan
 from ..model_outputs import move_to
-from ..signals import Signals
+from ..signals import Projection, Signals
 
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ class FrozenTeacher:
         if not placed and (device is not None or dtype is not None):
             self.model.to(device=device, dtype=dtype)
         self.batch_size = batch_size
+        self.stops_early = False  # whether forward passes end with the last signal; see `Capture.check_early_stop`
         self.autocast = autocast or nullcontext
         self.capture = Capture(self.model, "teacher", pooling)
 
@@ -58,30 +59,45 @@ class FrozenTeacher:
     def columns(self) -> list[str]:
         return self.capture.columns
 
-    def __call__(self, batch: Mapping, plan: CapturePlan) -> Signals:
-        """The teacher's signals on `batch`, on the device of the batch, without a graph."""
+    def __call__(self, batch: Mapping, plan: CapturePlan, rows: Tensor | None = None, project: bool = True) -> Signals:
+        """The teacher's signals on `batch`, on the device of the batch, without a graph.
+
+        Args:
+            batch, plan: as for [`Capture`], as are `rows` and `project`, which restrict the head of a language model.
+        """
         self.model.eval()
         inputs = self.capture.select_inputs(batch)
         home = next(value.device for value in inputs.values() if isinstance(value, Tensor))
-        rows = next(value.size(0) for value in inputs.values() if isinstance(value, Tensor))
-        step = self.batch_size or rows
+        size = next(value.size(0) for value in inputs.values() if isinstance(value, Tensor))
+        step = self.batch_size or size
         parts = []
         # no_grad, not inference_mode: tensors of the latter cannot be saved for the student's backward pass.
         with torch.no_grad(), self.autocast():
-            for start in range(0, rows, step):
-                cut = {k: v[start : start + step] if isinstance(v, Tensor) and v.size(0) == rows else v for k, v in inputs.items()}
-                parts.append(self.capture(move_to(cut, self.model), plan))
-        return concatenate(parts, home)
+            for start in range(0, size, step):
+                cut = {k: v[start : start + step] if isinstance(v, Tensor) and v.size(0) == size else v for k, v in inputs.items()}
+                own = rows_of_piece(rows, inputs, start, step)
+                parts.append(self.capture(move_to(cut, self.model), plan, rows=own, project=project, stop_early=self.stops_early))
+        return replace(concatenate(parts, home), rows=rows)
+
+
+def rows_of_piece(rows: Tensor | None, inputs: Mapping, start: int, step: int) -> Tensor | None:
+    """Which of `rows`, positions of the flattened `(batch * length)`, are in samples `start` to `start + step`, counted from there."""
+    if rows is None or start == 0 and inputs["input_ids"].size(0) <= step:
+        return rows
+    length = inputs["input_ids"].size(1)
+    return rows[(rows >= start * length) & (rows < (start + step) * length)] - start * length
 
 
 def concatenate(parts: list[Signals], device) -> Signals:
     """Signals of consecutive pieces of a batch as those of the whole, on `device`."""
 
     def join(values):
+        if isinstance(values[0], Projection):
+            return replace(values[0], features=join([value.features for value in values]))
         if isinstance(values[0], dict):
             return {key: join([value[key] for value in values]) for key in values[0]}
-        if values[0] is None:
-            return None
+        if not isinstance(values[0], Tensor):
+            return values[0]
         return (values[0] if len(values) == 1 else torch.cat(values)).to(device)
 
     return Signals(**{f.name: join([getattr(part, f.name) for part in parts]) for f in fields(Signals)})

@@ -1,0 +1,283 @@
+"""The files of a stored teacher: a manifest, the teacher's head, and Arrow shards that are whole or not there."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Features, List, Value
+from datasets.fingerprint import Hasher
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+MANIFEST = "manifest.json"
+HEAD = "head.safetensors"
+SHARDS = "data"
+FORMAT = 1
+KEY_COLUMNS = {"example_id": "int64", "epoch": "int32", "input_hash": "int64", "checksum": "int64"}
+_ARROW_TYPES = {"float32": "float32", "float16": "float16", "bfloat16": "int16", "int32": "int32"}
+
+
+@dataclass(frozen=True)
+class StoredSignal:
+    """One column of the table.
+
+    Args:
+        signal: a field of `Signals`, or a part of one at chosen positions: `positions`, `row_features`, `top_values`, `top_ids`,
+            `top_logsumexp`.
+        layout: `example`, `tokens` (one entry for each real token), `spans` (start and end, by real token) or `rows` (one entry for
+            each position that carries a loss).
+        shape: of one entry.
+        dtype: bfloat16 is written as int16, bit by bit, since Arrow has no such type.
+        key: block or stage.
+    """
+
+    signal: str
+    layout: str
+    shape: tuple[int, ...]
+    dtype: str
+    key: int | str | None = None
+
+    @property
+    def column(self) -> str:
+        return self.signal if self.key is None else f"{self.signal}.{self.key}"
+
+    @property
+    def size(self) -> int:
+        """Numbers in one entry."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def arrow_type(self) -> str:
+        return _ARROW_TYPES[self.dtype]
+
+    def pack(self, tensor: Tensor) -> np.ndarray:
+        """`tensor` as it is written.
+
+        Raises:
+            ValueError: for numbers that are not finite, or too large for the type.
+        """
+        packed = tensor.detach().to(getattr(torch, self.dtype)).cpu().contiguous()
+        if packed.is_floating_point() and not packed.isfinite().all():
+            largest = float(tensor.detach().float().abs().max())
+            cure = "Set teacher_store_dtype=bfloat16 or float32." if np.isfinite(largest) else "Check the teacher and the data."
+            raise ValueError(f"The teacher's {self.column} has the value {largest:g}, which is no finite number in {self.dtype}. {cure}")
+        return (packed.view(torch.int16) if self.dtype == "bfloat16" else packed).numpy()
+
+    def pack_missing(self) -> np.ndarray:
+        """One entry that stands for none: NaN, or 0 of whole numbers."""
+        whole = self.dtype == "int32"
+        entry = torch.full((self.size,), 0 if whole else float("nan"), dtype=getattr(torch, self.dtype))
+        return (entry.view(torch.int16) if self.dtype == "bfloat16" else entry).numpy()
+
+    def unpack(self, array: np.ndarray) -> Tensor:
+        """What `pack` made back as a tensor."""
+        tensor = torch.from_numpy(array)
+        return tensor.view(torch.bfloat16) if self.dtype == "bfloat16" else tensor
+
+
+@dataclass
+class Manifest:
+    """`manifest.json`.
+
+    Args:
+        fingerprint: what the answers depend on; compared before they are used.
+        signals: the columns.
+        inputs: what the teacher read, by the names of its forward pass; hashed by example.
+        teacher: what is asked of a teacher that is not there: name, class, config, depth, ...
+        examples, epochs: how many answers there are when all are there.
+        logits: `full`, `hidden`, `top_k`, `top_k_without_tail`, or `None`.
+        temperature: of the mass outside the `top_k`.
+        head: `scale` and `softcap` behind the output embedding, with `hidden`.
+        vocabulary: classes of the logits.
+    """
+
+    fingerprint: dict[str, Any]
+    signals: list[StoredSignal]
+    inputs: list[str]
+    teacher: dict[str, Any]
+    examples: int
+    epochs: int = 1
+    logits: str | None = None
+    temperature: float | None = None
+    head: dict[str, float | None] = field(default_factory=dict)
+    vocabulary: int | None = None
+    format: int = FORMAT
+
+    def write(self, folder: Path) -> None:
+        """Writes it aside and renames it."""
+        text = json.dumps(asdict(self), indent=2)
+        write_aside(folder / MANIFEST, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Raises `ValueError` where it is missing, damaged or of a newer format."""
+        path = folder / MANIFEST
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if record["format"] > FORMAT:
+                raise ValueError(
+                    f"{path} has format {record['format']}, this version of hfdistill reads up to {FORMAT}. Upgrade hfdistill."
+                )
+            signals = [StoredSignal(**{**own, "shape": tuple(own["shape"])}) for own in record.pop("signals")]
+            return cls(signals=signals, **record)
+        except FileNotFoundError:
+            raise ValueError(
+                f"{str(folder)!r} holds no stored teacher: {MANIFEST} is missing. Give the folder that store_teacher or a run with "
+                "teacher_store has written."
+            ) from None
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}). Delete the folder and store the teacher again.") from error
+
+
+def write_aside(path: Path, write) -> None:
+    """`write(temporary path)`, then a rename: the file is there whole, or not at all, whenever the process is killed."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    write(partial)
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_head(folder: Path, weight: Tensor, bias: Tensor | None) -> None:
+    """The output embedding of the teacher."""
+    tensors = {"weight": weight, **({} if bias is None else {"bias": bias})}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_aside(folder / HEAD, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+
+
+def read_head(folder: Path) -> dict[str, Tensor]:
+    """Raises `ValueError` where it is missing or damaged."""
+    try:
+        return load_file(folder / HEAD)
+    except Exception as error:  # safetensors has errors of its own
+        raise ValueError(f"{folder / HEAD} cannot be read ({error}). Delete the folder and store the teacher again.") from error
+
+
+@dataclass
+class StoredRow:
+    """One answer: its key, and the numbers of each column, flat."""
+
+    example_id: int
+    epoch: int
+    input_hash: int
+    values: dict[str, np.ndarray]
+
+    @property
+    def bytes(self) -> int:
+        return sum(array.nbytes for array in self.values.values())
+
+
+def _checksum(example_id: int, epoch: int, input_hash: int, arrays: Sequence[np.ndarray]) -> np.int64:
+    key = np.array([example_id, epoch, input_hash], dtype=np.int64)
+    return np.uint64(int(Hasher.hash_bytes([key, *arrays]), 16)).view(np.int64)
+
+
+def table_features(signals: Sequence[StoredSignal]) -> Features:
+    """The columns as `datasets` knows them: one flat list of numbers for each signal of an answer."""
+    columns = {name: Value(kind) for name, kind in KEY_COLUMNS.items()}
+    for own in signals:
+        columns[own.column] = List(Value(own.arrow_type), length=own.size if own.layout == "example" else -1)
+    return Features(columns)
+
+
+def write_shard(path: Path, signals: Sequence[StoredSignal], rows: Sequence[StoredRow]) -> None:
+    """One record batch of Arrow's stream format, as `datasets` writes and reads it."""
+    schema = table_features(signals).arrow_schema
+    checksums = [_checksum(row.example_id, row.epoch, row.input_hash, [row.values[own.column] for own in signals]) for row in rows]
+    arrays = [
+        pa.array([row.example_id for row in rows], pa.int64()),
+        pa.array([row.epoch for row in rows], pa.int32()),
+        pa.array([row.input_hash for row in rows], pa.int64()),
+        pa.array(checksums, pa.int64()),
+    ]
+    for own in signals:
+        own_rows = [row.values[own.column].reshape(-1) for row in rows]
+        values = pa.array(np.concatenate(own_rows))
+        if own.layout == "example":
+            arrays.append(pa.FixedSizeListArray.from_arrays(values, own.size))
+        else:
+            offsets = np.cumsum([0, *(len(one) for one in own_rows)], dtype=np.int32)
+            arrays.append(pa.ListArray.from_arrays(pa.array(offsets), values))
+    batch = pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+    def write(partial: Path) -> None:
+        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            writer.write_batch(batch)
+
+    write_aside(path, write)
+
+
+class Shard:
+    """A memory-mapped shard: its keys, and any row of any column as a view of the file.
+
+    Raises:
+        ValueError: for a file that was cut off, or has other columns than the manifest says.
+    """
+
+    def __init__(self, path: Path, signals: Sequence[StoredSignal]):
+        self.path, self.signals = path, list(signals)
+        try:
+            with open(path, "rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            batch = pa.ipc.open_stream(pa.py_buffer(self._map)).read_next_batch()
+            found = {name: batch.column(name) for name in [*KEY_COLUMNS, *(own.column for own in self.signals)]}
+            keys = {name: found[name].to_numpy(zero_copy_only=True) for name in KEY_COLUMNS}
+            self._columns = {own.column: _flat(found[own.column], own) for own in self.signals}
+        except (OSError, ValueError, KeyError, StopIteration, pa.ArrowException) as error:  # of an empty file too
+            raise ValueError(
+                f"{path} is damaged ({str(error).splitlines()[0] if str(error) else type(error).__name__}). Delete this file: the next "
+                "run with the teacher writes its answers again."
+            ) from error
+        self.ids, self.epochs, self.hashes, self._checksums = keys.values()
+        self._checked = np.zeros(len(self.ids), dtype=bool)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def row(self, column: str, index: int) -> np.ndarray:
+        """The numbers of a row, flat; a view of the file."""
+        values, offsets, size = self._columns[column]
+        start, end = (index * size, (index + 1) * size) if offsets is None else offsets[index : index + 2]
+        return values[start:end]
+
+    def check(self, index: int) -> int:
+        """Compares a row with its checksum, the first time it is read; returns the bytes that were read for it.
+
+        Raises:
+            ValueError: when the file has been damaged.
+        """
+        rows = [self.row(own.column, index) for own in self.signals]
+        if not self._checked[index]:
+            key = int(self.ids[index]), int(self.epochs[index]), int(self.hashes[index])
+            if _checksum(*key, rows) != self._checksums[index]:
+                raise ValueError(
+                    f"{self.path} is damaged: the answer to example_id {key[0]} is not what was written. Delete this file: the next run "
+                    "with the teacher writes its answers again."
+                )
+            self._checked[index] = True
+        return sum(row.nbytes for row in rows)
+
+    def release(self) -> None:
+        """Gives the pages that were read back to the system; they are read again from its cache."""
+        if hasattr(self._map, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+
+def _flat(array: pa.Array, signal: StoredSignal) -> tuple[np.ndarray, np.ndarray | None, int]:
+    """Values, offsets of the rows (`None` for rows of one size) and that size."""
+    values = array.values.to_numpy(zero_copy_only=True)
+    if signal.layout == "example":
+        if array.type.list_size != signal.size:
+            raise ValueError(f"{signal.column} has {array.type.list_size} numbers a row, not {signal.size}")
+        return values, None, signal.size
+    return values, array.offsets.to_numpy(zero_copy_only=True), signal.size

@@ -1,0 +1,206 @@
+"""`TeacherStore`: a folder of stored answers, opened, checked and looked up."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .fingerprints import differences
+from .store_format import MANIFEST, SHARDS, Manifest, Shard, StoredSignal, read_head
+from .store_hub import download_store, upload_store
+
+
+RELEASE_AFTER = 64 * 2**20
+_HUB = "hf://datasets/"
+
+
+class TeacherStore:
+    """Answers of a teacher on disk: an Arrow table that is read in place, keyed by `example_id` and epoch.
+
+    The folder holds `manifest.json` (what is stored, and the fingerprint of everything that decides it), shards `data/*.arrow`, which
+    `datasets` can read too (`load_dataset("arrow", data_files="folder/data/*.arrow")`), and with logits stored as hidden states the
+    teacher's head. A shard is there whole or not at all, so a run that was killed goes on where it was. Shards are memory-mapped,
+    each row is compared with its checksum when it is first read, and pages that have been read are given back: resident memory does
+    not grow with the table, but for the index of 16 bytes for each answer.
+
+    Args:
+        folder (`str` or `os.PathLike`): as [`store_teacher`] or a run with `teacher_store` has written it, or a data set on the Hub
+            (`hf://datasets/user/name`, or `user/name` where there is no such folder).
+
+    Raises:
+        ValueError: for a folder without a store, of a newer format, and for damaged shards, which are named.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = resolve_folder(folder)
+        self.manifest = Manifest.read(self.folder)
+        self.columns: dict[str, StoredSignal] = {own.column: own for own in self.manifest.signals}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Opens the shards that are there now."""
+        self.shards = [Shard(path, self.manifest.signals) for path in sorted((self.folder / SHARDS).glob("*.arrow"))]
+        self._first = np.cumsum([0, *(len(shard) for shard in self.shards)])
+        self._index = _index(self.shards)
+        self._unreleased = 0
+        self._head: dict[str, Tensor] | None = None
+
+    def __len__(self) -> int:
+        """Answers that are there."""
+        return sum(len(ids) for ids, _ in self._index.values())
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(self.columns)
+        return f"TeacherStore({str(self.folder)!r}: {len(self)} of {self.manifest.examples * self.manifest.epochs} answers; {kinds})"
+
+    @property
+    def complete(self) -> bool:
+        """Whether all answers are there."""
+        return len(self) >= self.manifest.examples * self.manifest.epochs
+
+    @property
+    def bytes(self) -> int:
+        """Size of the shards on disk."""
+        return sum(shard.path.stat().st_size for shard in self.shards)
+
+    def has(self, ids: np.ndarray, epoch: int) -> np.ndarray:
+        """bool `(ids,)`: whether the answers to these examples are there."""
+        known, _ = self._index.get(epoch, (np.empty(0, np.int64), None))
+        if not len(known):
+            return np.zeros(len(ids), dtype=bool)
+        return known[np.minimum(np.searchsorted(known, ids), len(known) - 1)] == ids
+
+    def check_fingerprint(self, now: Mapping[str, Any], parts: Sequence[str] | None = None) -> None:
+        """Refuses what is stored where it answers other questions.
+
+        Args:
+            now: fingerprint of this run, as [`store_fingerprint`] makes it.
+            parts: names at its top level to compare; all by default.
+
+        Raises:
+            ValueError: naming each difference with both values.
+        """
+        stored = self.manifest.fingerprint
+        names = parts if parts is not None else sorted({*stored, *now})
+        found = differences({name: stored.get(name) for name in names}, {name: now.get(name) for name in names})
+        if found:
+            listed = "; ".join(f"{name}: stored {_short(then)}, now {_short(today)}" for name, (then, today) in list(found.items())[:6])
+            raise ValueError(
+                f"The stored teacher in {str(self.folder)!r} answers other questions than this run asks ({listed}"
+                f"{'; ...' if len(found) > 6 else ''}): the student would learn from wrong answers. Choose another teacher_store, delete "
+                "this folder to store the teacher again, or go back to the settings it was stored with."
+            )
+
+    def find(self, ids: np.ndarray, epoch: int, hashes: np.ndarray | None = None) -> list[tuple[Shard, int]]:
+        """Shard and row of each example.
+
+        Raises:
+            ValueError: for answers that are missing, or were given to other inputs than those with these hashes.
+        """
+        there = self.has(ids, epoch)
+        if not there.all():
+            example = int(ids[~there][0])
+            stored = f"{len(self)} of {self.manifest.examples * self.manifest.epochs} answers"
+            raise ValueError(
+                f"The stored teacher in {str(self.folder)!r} has no answer to example_id {example} in epoch {epoch}, only {stored}. Train "
+                "on the data it was stored for, or run once with the teacher and teacher_store, which stores what is missing."
+            )
+        known, places = self._index[epoch]
+        rows = places[np.searchsorted(known, ids)]
+        shards = np.searchsorted(self._first, rows, side="right") - 1
+        found = [(self.shards[shard], int(row - self._first[shard])) for shard, row in zip(shards, rows)]
+        for i, (shard, row) in enumerate(found):
+            if hashes is not None and shard.hashes[row] != hashes[i]:
+                raise ValueError(
+                    f"The teacher's stored answer to example_id {int(ids[i])} (epoch {epoch}) in {str(self.folder)!r} was given to other "
+                    f"inputs ({', '.join(self.manifest.inputs)}) than this batch has: the data, their order (where ids were numbered by "
+                    "it), the tokenizer, the length, the masks or the augmentation have changed. Go back to those it was stored with, or "
+                    "choose another teacher_store."
+                )
+            self._unreleased += shard.check(row)
+        return found
+
+    def release(self, after: int = RELEASE_AFTER) -> None:
+        """Gives read pages back to the system once more than `after` bytes have been read."""
+        if self._unreleased > after:
+            for shard in self.shards:
+                shard.release()
+            self._unreleased = 0
+
+    @property
+    def head(self) -> dict[str, Tensor]:
+        """`weight` and `bias` of the teacher's output embedding, read on first use."""
+        if self._head is None:
+            self._head = read_head(self.folder)
+        return self._head
+
+    def lost_mass(self, examples: int = 1000) -> tuple[float, float]:
+        """Estimate of the probability outside the stored top k: its mean over positions, and what the worst percent exceeds.
+
+        Args:
+            examples: how many answers are looked at, spread over the table.
+        """
+        places = [(shard, row) for shard in self.shards for row in range(len(shard))]
+        values, sums = self.columns["top_values"], self.columns["top_logsumexp"]
+        lost = []
+        for shard, row in places[:: max(1, len(places) // examples)]:
+            top = values.unpack(shard.row(values.column, row).copy()).float().view(-1, values.size) / self.manifest.temperature
+            lost.append(1 - (top.logsumexp(1) - torch.from_numpy(shard.row(sums.column, row).copy())).exp())
+            self._unreleased += top.nbytes
+            self.release()
+        seen = torch.cat(lost).clamp(min=0)
+        return float(seen.mean()), float(seen.quantile(0.99)) if len(seen) < 10**6 else float(seen.sort().values[int(0.99 * len(seen))])
+
+    def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None, revision: str | None = None) -> str:
+        """Uploads the folder as a data set with a card; `TeacherStore("hf://datasets/user/name")` reads it back.
+
+        Args:
+            repo_id: `user/name`.
+            private, token, revision: as for `huggingface_hub`.
+
+        Returns:
+            The address of the commit.
+        """
+        return upload_store(self, repo_id, private, token, revision)
+
+
+def resolve_folder(folder: str | os.PathLike) -> Path:
+    """The folder itself, or a copy of the data set on the Hub of that name."""
+    name = os.fspath(folder)
+    if name.startswith(_HUB):
+        return download_store(name.removeprefix(_HUB))
+    path = Path(name)
+    if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        return download_store(name)
+    return path
+
+
+def is_store(folder: str | os.PathLike) -> bool:
+    """Whether a store has been begun there, or the name is one of the Hub."""
+    name = os.fspath(folder)
+    return name.startswith(_HUB) or (Path(name) / MANIFEST).is_file()
+
+
+def _index(shards: Sequence[Shard]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """epoch -> (sorted ids, number of the row in all shards together); an answer that stands twice counts once."""
+    if not shards:
+        return {}
+    ids, epochs = (np.concatenate([getattr(shard, name) for shard in shards]) for name in ("ids", "epochs"))
+    index = {}
+    for epoch in np.unique(epochs).tolist():
+        rows = np.flatnonzero(epochs == epoch)
+        known, first = np.unique(ids[rows], return_index=True)
+        index[epoch] = (known, rows[first])
+    return index
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."

@@ -1,0 +1,279 @@
+"""Training from stored answers: the teacher is asked once, before training, and then left alone."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+
+from torch.utils.data import Dataset
+from transformers import Trainer
+
+from .capture import CapturePlan
+from .counting import EXAMPLE_ID, labels_of
+from .losses.logits import SoftTargetsLoss
+from .teachers import FrozenTeacher, StoredTeacher, TeacherStore, store_teacher
+from .teachers.fingerprints import collator_settings, processor_settings
+from .teachers.store_keys import KeyedCollator, changes_with_the_epoch, example_ids
+from .teachers.store_writing import check_kinds
+from .vocabulary_terms import LANGUAGE_MODELS, loss_rows
+
+
+logger = logging.getLogger(__name__)
+
+
+class TrainerStore(Trainer):
+    """A Trainer with a `teacher` and an `objective`, as [`DistillationTrainer`] sets them, that can keep the teacher's answers on disk."""
+
+    _store_epochs = 1
+    _numbered = False
+
+    # ---- Set-up ----
+
+    def _stored_teacher(self, teacher):
+        """Where there is a `teacher_store` but no teacher, what is in the folder is the teacher."""
+        return StoredTeacher(self.args.teacher_store) if teacher is None and self.args.teacher_store is not None else teacher
+
+    def _check_store(self) -> None:
+        """Refuses before training what cannot be trained from stored answers."""
+        args, stored = self.args, isinstance(self.teacher, StoredTeacher)
+        if self.teacher is None or self.train_dataset is None or not (stored or args.teacher_store is not None):
+            return
+        if not stored and not isinstance(self.teacher, FrozenTeacher):
+            kind = "a function, whose answers have no fingerprint" if callable(self.teacher) else type(self.teacher).__name__
+            kind = "the student with its adapters off" if hasattr(self.teacher, "follow") else kind
+            raise ValueError(
+                f"teacher_store={args.teacher_store!r} keeps the answers of a model, but the teacher is {kind}. Pass a model, or leave "
+                "teacher_store out."
+            )
+        if stored and args.eval_with_teacher and self.teacher.live is None:
+            raise ValueError(
+                "eval_with_teacher=True asks the teacher about evaluation data, but only its answers to training data are stored. Set it "
+                "to False, or pass the teacher itself together with teacher_store."
+            )
+        if stored and "similar" in [args.layer_map, *(t.term.layer_map for t in self.objective.terms.values() if t.layered)]:
+            raise ValueError(
+                "layer_map='similar' compares the layers of both models on a batch, but the teacher's blocks are not in memory. Write the "
+                "pairs ('0:1,1:3'), as the run that stored them has printed."
+            )
+        check_kinds(self._teacher_plan())
+        self._numbered = _lacks_numbers(self.train_dataset)
+        if not self._numbered:
+            example_ids(self.train_dataset)
+        if getattr(self._training_collator(), "mixes", False):
+            changes_with_the_epoch(self.train_dataset, self._training_collator(), [])  # which says why
+        kind = self.teacher.store.manifest.logits if stored else args.teacher_store_logits
+        if kind in ("top_k", "top_k_without_tail") and self._teacher_plan().logits:
+            self._check_top_k(kind)
+
+    def _check_top_k(self, kind: str) -> None:
+        """One temperature, and losses that know what to do with the mass outside."""
+        self._store_temperature()
+        others = [term.name for term in self._logit_terms() if type(term.loss) is not SoftTargetsLoss]
+        if others:
+            raise ValueError(
+                f"The term {others[0]!r} needs all logits of the teacher, but teacher_store_logits={kind} keeps the largest ones. Set it to "
+                "hidden, or use soft_targets alone."
+            )
+        if kind == "top_k_without_tail":
+            logger.warning(
+                "teacher_store_logits=top_k_without_tail is biased: what the student gives to classes outside the top %d is not punished. "
+                "top_k has one bucket for them.",
+                self.args.teacher_store_top_k,
+            )
+
+    def _logit_terms(self):
+        return [term for term in self.objective.terms.values() if term.signal == "logits" and not term.term.is_task]
+
+    def _store_temperature(self) -> float:
+        """The one temperature of all logit terms, at which the mass of the tail is stored.
+
+        Raises:
+            ValueError: for several, or one that changes.
+        """
+        found = set()
+        for term in self._logit_terms():
+            schedule = term.schedules.get("temperature")
+            if schedule is not None and schedule.type != "constant":
+                raise ValueError(
+                    f"The temperature of the term {term.name!r} changes in training, but the probability outside the top k is stored for "
+                    "one temperature. Set teacher_store_logits=hidden, or a constant temperature."
+                )
+            found.add(float(schedule(0.0) if schedule is not None else getattr(term.loss, "temperature", 1.0)))
+        if len(found) > 1:
+            raise ValueError(
+                f"Terms have the temperatures {sorted(found)}, but the probability outside the top k is stored for one. Set "
+                "teacher_store_logits=hidden, or one temperature."
+            )
+        return found.pop() if found else 1.0
+
+    def _training_collator(self):
+        collator = self.data_collator
+        return collator.for_training() if hasattr(collator, "for_training") else collator
+
+    # ---- Storing ----
+
+    def store_teacher(self) -> TeacherStore:
+        """Lets the teacher answer the training data, as far as that is not stored in `teacher_store` yet; `train` calls it.
+
+        All processes have to call it. What the terms of the objective need over the whole training is stored, for the batches that the
+        collator makes for training.
+        """
+        args, collator = self.args, self._training_collator()
+        self._number_examples()
+        plan = self._teacher_plan()
+        top_k = args.teacher_store_logits in ("top_k", "top_k_without_tail") and plan.logits
+        self._needs_example_ids = True
+        self._signature_columns = None  # of both models and the number
+        language_model = self.objective.task in LANGUAGE_MODELS
+        start = time.perf_counter()
+        store = store_teacher(
+            args.teacher_store,
+            self.teacher,
+            self._collated_rows(),
+            collator,
+            plan,
+            logits=args.teacher_store_logits,
+            top_k=args.teacher_store_top_k,
+            temperature=self._store_temperature() if top_k else 1.0,
+            rows_of=self._rows_of if language_model else None,
+            dtype=args.teacher_store_dtype,
+            epochs=self._epochs_to_store(),
+            batch_size=args.teacher_batch_size or args.per_device_train_batch_size,
+            num_workers=args.dataloader_num_workers,
+            processors=(self.processing_class, self.teacher_processing_class),
+            pooling=self.teacher.capture.run_pooling,
+            numbered=self._numbered,
+            process_index=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+            wait=self.accelerator.wait_for_everyone,
+            progress=not args.disable_tqdm,
+        )
+        if self.is_world_process_zero():
+            print(
+                f"Stored teacher: {len(store)} answers, {store.bytes / 1e6:.1f} MB in {store.folder} "
+                f"({time.perf_counter() - start:.1f} s)"
+            )
+            if top_k:
+                mean, worst = store.lost_mass()
+                print(
+                    f"Probability outside the top {store.columns['top_ids'].size} at temperature {store.manifest.temperature:g}: mean "
+                    f"{mean:.4f}, above {worst:.4f} for the worst percent of the positions"
+                )
+        return store
+
+    def _rows_of(self, batch):
+        return loss_rows(batch, labels_of(batch), list(self.objective.terms.values()), self.objective.task, self.objective.positions)
+
+    def _collated_rows(self):
+        """The training data with the columns that the collator gets in training."""
+        if not self.args.remove_unused_columns:
+            return self.train_dataset
+        if _has_columns(self.train_dataset):
+            return self._remove_unused_columns(self.train_dataset, "training")
+        self._set_signature_columns_if_needed()
+        return _KeptColumns(self.train_dataset, self._signature_columns)
+
+    def _number_examples(self) -> None:
+        """Gives examples of a `datasets.Dataset` their position as number; hashes of the inputs tell where positions have changed."""
+        if _lacks_numbers(self.train_dataset):
+            self.train_dataset = self.train_dataset.add_column(EXAMPLE_ID, range(len(self.train_dataset)))
+            self._numbered = True
+            self._signature_columns = None
+
+    def _epochs_to_store(self) -> int:
+        """As many as the run has, where `teacher_store_epochs` does not say."""
+        args = self.args
+        if args.teacher_store_epochs is not None:
+            return args.teacher_store_epochs
+        if args.max_steps <= 0:
+            return math.ceil(args.num_train_epochs)
+        batches = math.ceil(len(self.train_dataset) / (args.train_batch_size * self.accelerator.num_processes))
+        return math.ceil(args.max_steps / max(math.ceil(batches / args.gradient_accumulation_steps), 1))
+
+    # ---- Training ----
+
+    def train(self, *args, **kwargs):
+        """As `Trainer.train`; before it, the teacher is stored where `teacher_store` is set."""
+        self._take_stored_teacher()
+        return super().train(*args, **kwargs)
+
+    def _take_stored_teacher(self) -> None:
+        """From now on the teacher is what is stored of it."""
+        if isinstance(self.teacher, StoredTeacher):
+            self._check_stored()
+        elif self.teacher is not None and self.args.teacher_store is not None and self._teacher_plan() != CapturePlan(logits=False):
+            live, store = self.teacher, self.store_teacher()
+            self._store_epochs = min(self._epochs_to_store(), store.manifest.epochs)
+            live.capture.release()
+            self.teacher = StoredTeacher(store, live if self.args.eval_with_teacher else None)
+            self._teacher_rows = self._teacher_projects = True
+        self._signature_columns = None  # with the number of each example
+
+    def _check_stored(self) -> None:
+        """A store that was given in place of a teacher answers the questions of this run, as far as that can be known before training."""
+        store = self.teacher.store
+        if not store.complete:
+            raise ValueError(
+                f"{store!r} is not complete: the run that wrote it was killed. Pass the teacher together with teacher_store once more, "
+                "which stores what is missing."
+            )
+        self._number_examples()
+        self._needs_example_ids = True
+        self._signature_columns = None
+        self.teacher.capture.check(self._teacher_plan())
+        temperature = store.manifest.temperature
+        if temperature is not None and self._teacher_plan().logits and self._store_temperature() != temperature:
+            raise ValueError(
+                f"The mass outside the stored top k is that at temperature {temperature:g}, but the terms have {self._store_temperature():g}. "
+                f"Set temperature to {temperature:g}, or store the teacher again."
+            )
+        now = {"collator": collator_settings(self._training_collator()), "processors": [processor_settings(self.processing_class)]}
+        stored = store.manifest.fingerprint
+        parts = ["collator"]
+        if stored["processors"] and None not in (stored["processors"][0], now["processors"][0]):
+            now["processors"] += stored["processors"][1:]  # the teacher's own is not here to be compared
+            parts.append("processors")
+        store.check_fingerprint(now, parts)
+        self._store_epochs = min(self.args.teacher_store_epochs or store.manifest.epochs, store.manifest.epochs)
+
+    def data_epoch(self, epoch: int) -> int:
+        """The epoch that the collator draws for: stored ones are repeated."""
+        return epoch % self._store_epochs if isinstance(self.teacher, StoredTeacher) else epoch
+
+    def get_train_dataloader(self):
+        """As `Trainer`; with a stored teacher each batch carries the keys of its examples."""
+        if not isinstance(self.teacher, StoredTeacher):
+            return super().get_train_dataloader()
+        collator = self.data_collator
+        self.data_collator = KeyedCollator(collator, self.teacher.store.manifest.inputs, self._numbered)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
+
+
+class _KeptColumns(Dataset):
+    """Rows of a data set that is none of `datasets`, without the columns that neither model nor the collator reads."""
+
+    def __init__(self, dataset, names):
+        self.dataset, self.names = dataset, frozenset(names)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        row = self.dataset[i]
+        return {name: value for name, value in row.items() if name in self.names} if isinstance(row, Mapping) else row
+
+
+def _has_columns(dataset) -> bool:
+    """Whether it is a `datasets.Dataset`, of which the trainer removes columns before the collator sees them."""
+    import datasets
+
+    return isinstance(dataset, datasets.Dataset)
+
+
+def _lacks_numbers(dataset) -> bool:
+    return _has_columns(dataset) and EXAMPLE_ID not in dataset.column_names

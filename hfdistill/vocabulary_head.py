@@ -1,0 +1,155 @@
+"""Runs the head of a language model at chosen positions only, or stops in front of its vocabulary.
+
+A head projects every position onto the whole vocabulary, but a loss lives on a few: the masked ones, the real tokens. Two places are
+hooked, and a comparison with the plain forward pass decides which of them is right for a model: the output of its base model, so
+that everything behind it sees the chosen rows alone, or (where something behind it needs all positions) the input of its output
+embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .models.anatomy import text_config
+from .signals import Projection
+
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+class VocabularyHead:
+    """The way from hidden states to logits of one language model.
+
+    Args:
+        model (`nn.Module`): a `PreTrainedModel` (without its PEFT or DDP wrapper).
+
+    Attributes:
+        place (`str` or `None`): where rows are chosen: `base`, `embedding`, or nowhere.
+        scale, softcap: what is done to the logits behind the output embedding.
+        projects (`bool`): whether the logits are nothing but that, so that a loss may make them itself.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.place: str | None = None
+        self.scale, self.softcap, self.projects = 1.0, None, False
+
+    @property
+    def embedding(self) -> nn.Module | None:
+        """The output embedding; looked up anew, since resizing the vocabulary replaces it."""
+        return self.model.get_output_embeddings()
+
+    def understand(self, run: Callable[[], Tensor], shape: tuple[int, int], logits: Tensor) -> None:
+        """Finds out where rows can be chosen and whether logits are a plain projection.
+
+        Args:
+            run: runs the model on an example, without a graph and in eval mode, and returns what it gives as logits.
+            shape: batch and length of that example.
+            logits: `(batch, length, vocabulary)`, what the model gives without any hook.
+        """
+        self.place, self.projects = None, False
+        if not isinstance(self.embedding, nn.Module) or tuple(logits.shape[:2]) != shape:
+            return
+        rows = torch.arange(0, shape[0] * shape[1], 2, device=logits.device)
+        expected = logits.flatten(0, 1)[rows]
+        for place in ("base", "embedding"):
+            if place == "base" and getattr(self.model, "base_model", self.model) is self.model:
+                continue
+            self.place = place
+            try:
+                seen, _ = self.run(run, shape, rows, project=True)
+            except (ValueError, RuntimeError, IndexError):
+                continue  # something behind the hook needs all positions
+            if _equal(seen, expected):
+                break
+        else:
+            self.place = None
+            return
+        if not _is_plain_linear(self.embedding):
+            return
+        try:
+            _, projection = self.run(run, shape, rows, project=False)
+        except (ValueError, RuntimeError, IndexError, KeyError):  # KeyError: its weight is used, but it is never called
+            return
+        for self.scale, self.softcap in _ways_to_the_logits(self.model):
+            projection.scale, projection.softcap = self.scale, self.softcap
+            self.projects = _equal(projection.logits(), expected)
+            if self.projects:
+                return
+
+    def run(self, run: Callable[[], Tensor], shape: tuple[int, int], rows: Tensor, project: bool) -> tuple[Tensor, Projection | None]:
+        """`run()` with the head at `rows` alone.
+
+        Args:
+            run: runs the model and returns its logits.
+            shape: batch and length of its input.
+            rows: integer `(rows,)`, positions in the flattened `(batch * length)`.
+            project: whether the vocabulary is projected.
+
+        Returns:
+            The logits `(rows, vocabulary)`, and `None`; without `project` those of no row, and a [`Projection`].
+        """
+        kept: dict[str, Tensor] = {}
+
+        def select(states: Tensor) -> Tensor:
+            if tuple(states.shape[:2]) != shape:
+                raise ValueError(f"hidden states of shape {tuple(states.shape)} for {shape} positions")
+            return states.flatten(0, 1).index_select(0, rows.to(states.device)).unsqueeze(0)
+
+        def after_base(_module, _args, output):
+            if isinstance(output, tuple):
+                return (select(output[0]), *output[1:])
+            return type(output)(**{**output, "last_hidden_state": select(output["last_hidden_state"])})
+
+        def before_embedding(_module, args):
+            states = select(args[0]) if self.place == "embedding" else args[0]
+            if project:
+                return (states, *args[1:])
+            if torch.is_autocast_enabled(states.device.type):  # the matrix product would have run in this dtype
+                states = states.to(torch.get_autocast_dtype(states.device.type))
+            kept["features"] = states
+            return (args[0][:, :0] if self.place == "base" else args[0].flatten(0, 1)[:0].unsqueeze(0), *args[1:])
+
+        handles = []
+        if self.place == "base":
+            handles.append(self.model.base_model.register_forward_hook(after_base))
+        if self.place == "embedding" or not project:
+            handles.append(self.embedding.register_forward_pre_hook(before_embedding))
+        try:
+            logits = run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        if project:
+            return logits.squeeze(0), None
+        projection = Projection(kept["features"].squeeze(0), self.embedding.weight, self.embedding.bias, self.scale, self.softcap)
+        return logits.squeeze(0), projection
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Whether it does nothing but a linear map with its own weight: no adapter, no quantisation, no parametrisation."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and type(module.weight) is nn.Parameter and not hooks
+
+
+def _ways_to_the_logits(model: nn.Module) -> list[tuple[float, float | None]]:
+    """`(scale, softcap)` that a config may stand for; constants only."""
+    config = text_config(model.config)
+    ways: list[tuple[float, float | None]] = [(1.0, None)]
+    if softcap := getattr(config, "final_logit_softcapping", None):
+        ways.append((1.0, float(softcap)))
+    if scale := getattr(config, "logit_scale", None):
+        ways.append((float(scale), None))
+    if scale := getattr(config, "logits_scaling", None):
+        ways.append((1.0 / float(scale), None))
+    return ways
+
+
+def _equal(seen: Tensor, expected: Tensor) -> bool:
+    if seen.shape != expected.shape:
+        return False
+    tolerance = _TOLERANCE.get(expected.dtype, 5e-2) * max(float(expected.abs().max()), 1e-6)
+    return bool((seen.to(expected.dtype) - expected).abs().max() <= tolerance)
