@@ -82,6 +82,7 @@ _NAMES = {
     "data.stdlib_docs": ("load_stdlib_docs", "load_stdlib_docs_splits"),
     "data.splits": ("match_labels", "named_files"),
     "data.text": ("TextData", "encode_texts", "load_embedded", "load_named", "load_text_data"),
+    "data.packing": ("PackingCollator",),
     "data.token_collator": ("TokenCollator",),
     "data.token_data": ("TokenData", "encode_tokens", "load_embedded_tokens", "load_named_tokens", "reads_words_apart"),
     "data.byte_level": ("train_byte_level",),
@@ -201,6 +202,7 @@ if TYPE_CHECKING:
     from .data.masking import MaskingCollator as MaskingCollator
     from .data.masking import count_tokens as count_tokens
     from .data.masking import smoothed_probabilities as smoothed_probabilities
+    from .data.packing import PackingCollator as PackingCollator
     from .data.pair_collator import PairCollator as PairCollator
     from .data.pair_collator import encode_pairs as encode_pairs
     from .data.pair_collator import encode_sentences as encode_sentences

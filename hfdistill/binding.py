@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from .bound_term import BoundTerm
-from .capture import Capture, CapturePlan, plan_for
+from .capture import Capture
+from .capture_plan import CapturePlan, plan_for
 from .counting import TARGET_MASK, Unit, token_mask
 from .losses import LOSSES, TASK_LOSSES
 from .losses.base import DistillationLoss

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,41 +12,16 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from .attention_taps import InterfaceTap, SoftmaxTap, allowed_pairs, attach_tap
+from .capture_plan import TEACHER_PREFIX, CapturePlan
 from .counting import LABEL_COLUMNS, marked_targets
 from .early_stop import AllSeen, Arrivals, same_signals
 from .model_outputs import NoLogitsError, logits_of, move_to
 from .models.anatomy import find_blocks, unwrap_peft
 from .models.stages import Stages
 from .pooling import pool_tokens
-from .signals import ATTENTION_SIGNALS, BLOCK_SIGNALS, LAYERED_SIGNALS, Signals
+from .signals import ATTENTION_SIGNALS, BLOCK_SIGNALS, Signals
 from .stage_taps import StageTap
 from .vocabulary_head import VocabularyHead
-
-
-TEACHER_PREFIX = "teacher_"
-"""Columns with this prefix are what the teacher gets instead of those without it, such as images in its own normalisation."""
-
-
-@dataclass(frozen=True)
-class CapturePlan:
-    """What to fetch. Blocks and stages count from 0, a stage may be the name of a module; nothing else is retained."""
-
-    logits: bool = True
-    embeddings: bool = False
-    pooled: bool = False
-    hidden_states: frozenset[int] = frozenset()
-    features: frozenset[int | str] = frozenset()
-    attention_scores: frozenset[int] = frozenset()
-    queries: frozenset[int] = frozenset()
-    keys: frozenset[int] = frozenset()
-    values: frozenset[int] = frozenset()
-
-    def union(self, other: CapturePlan) -> CapturePlan:
-        return CapturePlan(**{f.name: getattr(self, f.name) | getattr(other, f.name) for f in fields(self)})
-
-    def blocks_of(self, signals: Iterable[str]) -> frozenset[int]:
-        """Blocks that one of these layered signals is wanted from."""
-        return frozenset().union(*(getattr(self, signal) for signal in signals))
 
 
 class Capture:
@@ -459,13 +434,3 @@ class Capture:
         if self._tap is not None:
             self._tap.remove()
             self._tap = None
-
-
-def plan_for(pairs: Iterable[tuple[str, Iterable[int]]]) -> CapturePlan:
-    """The union of `(signal, blocks)` needs."""
-    plan = CapturePlan(logits=False)
-    for signal, blocks in pairs:
-        signal = "features" if signal == "pooled_features" else signal
-        value = frozenset(blocks) if signal in LAYERED_SIGNALS else True
-        plan = plan.union(CapturePlan(**{"logits": False, signal: value}))
-    return plan

@@ -81,6 +81,8 @@ class OptimizerSteps:
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
         args = trainer.args
+        if isinstance(trainer, DistillationTrainer):
+            trainer._take_stored_teacher()  # as `train` does first
         self.batches = list(itertools.islice(iter(trainer.get_train_dataloader()), args.gradient_accumulation_steps))
         trainer.create_optimizer()
         self.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)

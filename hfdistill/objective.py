@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .bound_term import BoundTerm
-from .capture import CapturePlan, plan_for
+from .capture_plan import CapturePlan, plan_for
 from .counting import Denominators, Unit, span_labels, token_mask
 from .losses.task import TaskCrossEntropyLoss
 from .losses.top_k import top_k_soft_targets

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +31,10 @@ def packed_positions(sequence_ids: Tensor) -> Tensor:
 
 
 class PackedInputs:
-    """Gives a model `position_ids`, and where it looks both ways an `attention_mask` in the form that its attention takes.
+    """Gives a model `position_ids` and an `attention_mask` of blocks, in the form that its attention takes.
 
-    Transformers makes the mask of causal models itself, from positions that begin anew. The others take a block-diagonal one
-    `(rows, 1, length, length)`; padding sees padding, so that no row of it is empty.
+    The mask is block-diagonal, `(rows, 1, length, length)`; padding sees padding, so that no row of it is empty. Causal models with
+    windows get none: Transformers makes theirs itself, from positions that begin anew, but has to wait for the device to look at them.
 
     Args:
         model (`PreTrainedModel`): the bare model.
@@ -46,16 +47,24 @@ class PackedInputs:
 
     def __init__(self, model: nn.Module, causal: bool):
         self.model, self.causal = model, causal
-        if not isinstance(model, PreTrainedModel) or "position_ids" not in inspect.signature(model.forward).parameters:
+        known = inspect.signature(model.forward).parameters
+        if not isinstance(model, PreTrainedModel) or "position_ids" not in known:
             raise ValueError(
                 f"{type(model).__name__} takes no position_ids, so in a packed row all sequences but the first would stand at wrong positions. "
                 "Leave packing out; train_sampling_strategy='group_by_length' saves padding too."
             )
+        config = model.config
+        kinds = set(getattr(config, "layer_types", None) or ())
+        self.sliding = "sliding_attention" in kinds
+        windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+        self.finds_blocks = causal and (bool(kinds - {"full_attention"}) if kinds else any(windows))
+        # With a cache Transformers does not look for sequences in the positions.
+        self.options = {"use_cache": False} if causal and "use_cache" in known else {}
         embeddings = [m for name, m in model.named_modules() if name.endswith("position_embeddings") and isinstance(m, nn.Embedding)]
         # Those of RoBERTa and its kin begin behind the position of padding.
         self.first = embeddings[0].padding_idx + 1 if embeddings and embeddings[0].padding_idx is not None else 0
 
-    def __call__(self, sequence_ids: Tensor) -> dict[str, Tensor | dict[str, Tensor]]:
+    def __call__(self, sequence_ids: Tensor) -> dict[str, Any]:
         """
         Shapes:
             sequence_ids: integer `(rows, length)`, 0 where there is padding.
@@ -67,15 +76,16 @@ class PackedInputs:
                 f"Packed rows need an attention with a mask of blocks, and {type(self.model).__name__} runs {implementation!r}. Load it with "
                 "attn_implementation='sdpa', or leave packing out."
             )
-        positions = {"position_ids": packed_positions(sequence_ids) + self.first}
-        if self.causal:
-            return positions
-        same = (sequence_ids[:, :, None] == sequence_ids[:, None])[:, None]
-        masks = {"full_attention": same}
-        if "sliding_attention" in (getattr(config, "layer_types", None) or ()):  # ModernBERT
+        inputs = {"position_ids": packed_positions(sequence_ids) + self.first, **self.options}
+        if self.finds_blocks:
+            return inputs
+        allowed = (sequence_ids[:, :, None] == sequence_ids[:, None])[:, None]
+        allowed = allowed.tril() if self.causal else allowed
+        masks = {"full_attention": allowed}
+        if self.sliding:  # ModernBERT
             index = torch.arange(sequence_ids.size(1), device=sequence_ids.device)
-            masks["sliding_attention"] = same & ((index[:, None] - index[None]).abs() <= config.sliding_window)
+            masks["sliding_attention"] = allowed & ((index[:, None] - index[None]).abs() <= config.sliding_window)
         if implementation == "eager":
             dtype = self.model.dtype
             masks = {name: torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min) for name, mask in masks.items()}
-        return {**positions, "attention_mask": masks if len(masks) > 1 else masks["full_attention"]}
+        return {**inputs, "attention_mask": masks if self.sliding else masks["full_attention"]}

@@ -13,7 +13,8 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from .alignment import resolve_label_order, resolve_vocabulary, teacher_token_ids
 from .arguments import DistillationTrainingArguments
-from .capture import TEACHER_PREFIX, Capture
+from .capture import Capture
+from .capture_plan import TEACHER_PREFIX
 from .counting import EXAMPLE_ID, LABEL_COLUMNS, SPAN_COLUMNS, labels_of
 from .models.anatomy import is_base_model, task_of, unwrap_peft
 from .models.peft_student import is_peft_student
@@ -21,6 +22,7 @@ from .objective import Objective
 from .sentence_encoder import read_sentence_encoder
 from .teachers import AdaptersOffTeacher, CallableTeacher, FrozenTeacher, StoredTeacher
 from .teachers.base_model import BASE
+from .teachers.frozen import is_placed
 from .teachers.loading import load_image_processor, load_teacher, load_tokenizer
 from .terms import Term
 
@@ -214,10 +216,16 @@ def own_pooling(teacher, student: nn.Module, args) -> str | None:
 
 
 def wrap_teacher(teacher, args, accelerator, pooling: str | None = None) -> FrozenTeacher | AdaptersOffTeacher | CallableTeacher | None:
-    """Module -> [`FrozenTeacher`] on its device and in its dtype, function -> [`CallableTeacher`]."""
+    """Module -> [`FrozenTeacher`] on its device, function -> [`CallableTeacher`].
+
+    Half precision is left to `hfdistill.teacher_setup`, which compares it with fp32 first.
+
+    Raises:
+        ValueError: for what is no teacher, and for settings that this teacher cannot follow.
+    """
     if isinstance(teacher, AdaptersOffTeacher):
-        for name in ("teacher_dtype", "teacher_device", "teacher_model_init_kwargs"):
-            if getattr(args, name) is not None:
+        for name in ("teacher_dtype", "teacher_quantization", "teacher_compile", "teacher_device", "teacher_model_init_kwargs"):
+            if getattr(args, name):
                 raise ValueError(
                     f"{name}={getattr(args, name)!r} would not be used: teacher='base' is the student's own model, where and as the "
                     f"student is. Remove {name}, or pass a copy of the base as the teacher."
@@ -228,21 +236,50 @@ def wrap_teacher(teacher, args, accelerator, pooling: str | None = None) -> Froz
                 "Pass a copy of the base as the teacher, or use DDP (recipes/accelerate/multi_gpu.yaml)."
             )
         return teacher
-    if teacher is None or isinstance(teacher, (FrozenTeacher, CallableTeacher, StoredTeacher)):
+    if teacher is None or isinstance(teacher, StoredTeacher):
         return teacher
-    if isinstance(teacher, nn.Module):
-        mixed = args.teacher_dtype is None and accelerator.mixed_precision in ("bf16", "fp16")
-        return FrozenTeacher(
-            teacher,
-            device=args.teacher_device or args.device,
-            dtype=getattr(torch, args.teacher_dtype) if args.teacher_dtype else None,
-            batch_size=args.teacher_batch_size,
-            autocast=accelerator.autocast if mixed else nullcontext,
-            pooling=pooling,
-        )
-    if not callable(teacher):
-        raise ValueError(f"teacher must be a module, a folder or Hub id, or a function that answers a batch, got {type(teacher).__name__}.")
-    return CallableTeacher(teacher)
+    module = teacher.model if isinstance(teacher, FrozenTeacher) else teacher
+    if not isinstance(module, nn.Module):
+        if not callable(teacher):
+            raise ValueError(
+                f"teacher must be a module, a folder or Hub id, or a function that answers a batch, got {type(teacher).__name__}."
+            )
+        _refuse(args, ("teacher_dtype", "teacher_quantization", "teacher_compile", "teacher_device"), "is a function")
+        return teacher if isinstance(teacher, CallableTeacher) else CallableTeacher(teacher)
+    if is_placed(module):
+        _refuse(args, ("teacher_dtype", "teacher_quantization", "teacher_device"), "is quantized, or dispatched to its devices, already")
+    if args.channels_last:
+        use_channels_last(module, "teacher")
+    if isinstance(teacher, FrozenTeacher):
+        return teacher
+    mixed = args.teacher_dtype is None and accelerator.mixed_precision in ("bf16", "fp16")
+    options = dict(
+        device=args.teacher_device or args.device,
+        batch_size=args.teacher_batch_size,
+        autocast=accelerator.autocast if mixed else nullcontext,
+        pooling=pooling,
+    )
+    if args.teacher_dtype in (None, "auto", "float32"):
+        return FrozenTeacher(teacher, dtype=torch.float32 if args.teacher_dtype == "float32" else None, **options)
+    try:
+        return FrozenTeacher(teacher, **options)
+    except torch.OutOfMemoryError:
+        logger.warning("The teacher does not fit the device in its own precision, so its drift in %s is not measured.", args.teacher_dtype)
+        return FrozenTeacher(teacher, dtype=getattr(torch, args.teacher_dtype), **options)
+
+
+def _refuse(args, names: tuple[str, ...], why: str) -> None:
+    for name in names:
+        if getattr(args, name):
+            raise ValueError(f"{name}={getattr(args, name)!r} would not be used, because the teacher {why}. Remove it.")
+
+
+def use_channels_last(model: nn.Module, role: str) -> None:
+    """Brings convolutions into channels-last memory format, in place; images follow in `_prepare_inputs`."""
+    if any(parameter.dim() == 4 for parameter in model.parameters()):
+        model.to(memory_format=torch.channels_last)
+    else:
+        logger.warning("channels_last has no effect on the %s (%s): it has no 2-d convolution.", role, type(unwrap_peft(model)).__name__)
 
 
 def translate_tokens(student: Capture, teacher: Capture | None, processing_class, teacher_processing_class) -> None:

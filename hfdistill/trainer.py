@@ -18,7 +18,8 @@ from transformers import TrainerCallback
 
 from .arguments import DistillationTrainingArguments
 from .binding import build_objective
-from .capture import TEACHER_PREFIX, Capture, CapturePlan
+from .capture import Capture
+from .capture_plan import TEACHER_PREFIX, CapturePlan
 from .counting import EXAMPLE_ID, SOFT_LABELS, TARGET_MASK, Denominators, count_units, labels_of
 from .model_outputs import example_batch
 from .models.anatomy import unwrap_peft
@@ -39,12 +40,14 @@ from .preparation import (
     own_pooling,
     resolve_label_names,
     translate_tokens,
+    use_channels_last,
     warn_of_preparation,
     wrap_teacher,
 )
 from .teachers import AdaptersOffTeacher, FrozenTeacher, StoredTeacher
 from .terms import Term, resolve_terms
 from .trainer_files import TrainerFiles
+from .trainer_hardware import TrainerHardware
 from .trainer_optimization import TrainerOptimization
 from .trainer_profile import TrainerProfile
 from .trainer_sampling import TrainerSampling
@@ -69,7 +72,7 @@ class Window:
 
 
 class DistillationTrainer(
-    TrainerProfile, TrainerOptimization, TrainerSampling, TrainerFiles, TrainerSearch, TrainerStore, TrainerShortcuts
+    TrainerProfile, TrainerOptimization, TrainerSampling, TrainerFiles, TrainerSearch, TrainerHardware, TrainerStore, TrainerShortcuts
 ):
     """Trains a student under a teacher; everything else is `transformers.Trainer`.
 
@@ -157,6 +160,7 @@ class DistillationTrainer(
         self.teacher = wrap_teacher(teacher, self.args, self.accelerator, pooling)
         self.label_names = resolve_label_names(self.model, self.args.label_names, self.label_names)
         self._bind()
+        self._set_up_teacher()
         self._check_store()
         self.add_callback(_ObjectiveCallback(self))
         if (
@@ -171,6 +175,8 @@ class DistillationTrainer(
     def _bind(self, fixed_maps: Mapping[str, Pairs] | None = None) -> None:
         """Builds the objective for the current student and teacher."""
         args = self.args
+        if args.channels_last:
+            use_channels_last(self.model, "student")
         if args.frozen_parts:
             freeze_parts(self.model, args.frozen_parts)
         for part in args.learning_rate_scales or {}:

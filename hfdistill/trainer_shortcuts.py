@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from transformers import Trainer
 
-from .capture import CapturePlan, plan_for
+from .capture_plan import CapturePlan, plan_for
 from .vocabulary_terms import FusedTerms, choose_head
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from torch.utils.data import Dataset
 from transformers import Trainer
 
-from .capture import CapturePlan
+from .capture_plan import CapturePlan
 from .counting import EXAMPLE_ID, labels_of
 from .losses.logits import SoftTargetsLoss
 from .teachers import FrozenTeacher, StoredTeacher, TeacherStore, store_teacher
@@ -69,13 +69,13 @@ class TrainerStore(Trainer):
 
     def _check_top_k(self, kind: str) -> None:
         """One temperature, and losses that know what to do with the mass outside."""
-        self._store_temperature()
         others = [term.name for term in self._logit_terms() if type(term.loss) is not SoftTargetsLoss]
         if others:
             raise ValueError(
                 f"The term {others[0]!r} needs all logits of the teacher, but teacher_store_logits={kind} keeps the largest ones. Set it to "
                 "hidden, or use soft_targets alone."
             )
+        self._store_temperature()
         if kind == "top_k_without_tail":
             logger.warning(
                 "teacher_store_logits=top_k_without_tail is biased: what the student gives to classes outside the top %d is not punished. "

@@ -45,6 +45,7 @@ class MaskedLanguageModelArguments(hfdistill.RecipeArguments):
     streamed_validation_documents: int = _(1000, "Documents held out at the beginning of a stream without a validation part.")
     max_seq_length: int = _(128, "Tokens per row, special ones included.")
     line_by_line: bool = _(False, "One document (or piece of one) a row, instead of packed rows without padding.")
+    packing: bool = _(False, "line_by_line: lay the rows of a training batch side by side, each read alone, instead of padding them.")
     min_row_tokens: int = _(12, "line_by_line: drop shorter rows, special tokens counted.")
     max_unknown: float = _(0.5, "line_by_line: drop rows with at least that share of unknown tokens.")
     mlm_probability: float = _(0.15, "Share of tokens that are masked.")
@@ -120,6 +121,8 @@ def main(recipe, args):
         )
         plain = hfdistill.MaskingCollator(tokenizer, recipe.mlm_probability, seed=recipe.mask_seed)
         asked = plain.mask_dataset(held_out)  # once: every model, epoch and baseline is asked about the same tokens
+    if recipe.packing:
+        collator, teacher_collator = hfdistill.PackingCollator(collator), hfdistill.PackingCollator(teacher_collator)
     headline = "next_token_accuracy" if causal else "masked_accuracy"
 
     def evaluate(trainer):
@@ -218,6 +221,13 @@ def check_recipe(recipe, args):
     if recipe.streaming:
         # The main process would read for all others and put their batches together, which must then be equally long.
         args.accelerator_config.dispatch_batches = False
+    if recipe.packing and not recipe.line_by_line:
+        raise ValueError("packing is for rows that differ in length, and without line_by_line all are full. Leave one out.")
+    if recipe.packing and recipe.language_model == "causal" and args.kd_positions == "all":
+        raise ValueError(
+            "packing with kd_positions='all' would compare what a text says about the first token of the next one. Set "
+            "kd_positions='labelled', which are all others."
+        )
     if recipe.student_type == "distilbert" and recipe.use_peft:
         raise ValueError(
             "student_type='distilbert' rewrites the student's weights, and use_peft trains adapters on top of them. Leave one of both out"

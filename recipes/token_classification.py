@@ -37,6 +37,7 @@ class TokenClassificationArguments(hfdistill.RecipeArguments):
     )
     max_seq_length: int = _(128, "Sub-tokens per row; words behind them are cut off.")
     pad_to_max_length: bool = _(False, "Pad to max_seq_length instead of to the longest row of a batch.")
+    packing: bool = _(False, "Lay the rows of a training batch side by side, each read alone, instead of padding them.")
     label_all_tokens: bool = _(False, "Every sub-token has the label of its word and hears the teacher, instead of the first one only.")
     token_metric: str = _(
         "auto",
@@ -88,6 +89,7 @@ def main(recipe, args):
     held_out = next(iter(evaluation.values()))
     mixed = concatenate_datasets([labelled, transfer]) if len(transfer) else labelled
     collator = hfdistill.TokenCollator(pair.tokenizer)
+    collator = hfdistill.PackingCollator(collator) if recipe.packing else collator
 
     def trainer_for(model, arguments, rows=None, teacher=None):
         trainer = hfdistill.DistillationTrainer(

@@ -9,6 +9,7 @@ from datasets import Dataset
 from torch import Tensor
 from training import Rows, arguments, pad, run, without_dropout
 
+import hfdistill
 from hfdistill import ImageCollator, MaskingCollator, Term, encode_corpus, train_wordpiece
 
 
@@ -16,7 +17,7 @@ WORDS = "the cat sat on a mat near one red door while old dogs ran over green hi
 TOP = "top_k"
 
 
-def texts(rows: int = 20) -> list[str]:
+def texts(rows: int = 12) -> list[str]:
     return [" ".join(WORDS[(3 * i + j * j) % len(WORDS)] for j in range(4 + i % 5)) for i in range(rows)]
 
 
@@ -31,22 +32,22 @@ def tokenizer():
 
 def collate(rows: list[dict]) -> dict[str, Tensor]:
     """Rows of a `datasets.Dataset`, padded."""
-    return pad([{key: torch.tensor(value) for key, value in row.items()} for row in rows])
+    return pad([{key: torch.as_tensor(value) for key, value in row.items()} for row in rows])
 
 
-def text_rows(count: int = 20, seed: int = 1) -> Dataset:
+def text_rows(count: int = 12, seed: int = 1) -> Dataset:
     """Ragged rows without a number."""
     rows = Rows(families.batch("bert", rows=count, seed=seed))
     return Dataset.from_list([{key: value.tolist() for key, value in rows[i].items()} for i in range(count)])
 
 
-def token_rows(count: int = 20) -> Dataset:
+def token_rows(count: int = 12) -> Dataset:
     """With a label at every second token."""
     rows = text_rows(count).to_list()
     return Dataset.from_list([{**row, "labels": [i % 3 if i % 2 else -100 for i in range(len(row["input_ids"]))]} for row in rows])
 
 
-def span_rows(count: int = 20) -> Dataset:
+def span_rows(count: int = 12) -> Dataset:
     rows = text_rows(count).to_list()
     return Dataset.from_list(
         [
@@ -56,7 +57,7 @@ def span_rows(count: int = 20) -> Dataset:
     )
 
 
-def corpus_rows(count: int = 20):
+def corpus_rows(count: int = 12):
     return encode_corpus(texts(count), tokenizer(), 32, packing=False, min_row_tokens=1)
 
 
@@ -139,7 +140,7 @@ def full_masked_lm():
 
 def maps():
     rows, collator = images()
-    terms = [Term("task"), Term("soft_targets"), Term("hint", layer_map="1:2"), Term("attention_transfer", layer_map="3:3")]
+    terms = [Term("task"), Term("soft_targets"), Term("hint", layer_map="1:2"), Term("attention_transfer", layer_map="2:2")]
     return vision.build("resnet", 1, seed=1), vision.build("resnet", 2, seed=2), rows, {}, {"data_collator": collator, "objective": terms}
 
 
@@ -157,11 +158,28 @@ RUNS = {
 }  # fmt: skip
 
 
+def numbered_rows(count: int = 20) -> Dataset:
+    return text_rows(count).add_column("example_id", [11 * i - 30 for i in range(count)])
+
+
+def pad_without_number(rows):
+    return collate([{name: value for name, value in row.items() if name != "example_id"} for row in rows])
+
+
+def bert(**options):
+    return families.build("bert", 2, seed=2, **options)
+
+
+def write(folder, count: int = 20, plan=None, model=None, **options) -> hfdistill.TeacherStore:
+    options = {"dtype": "float32", "progress": False, "batch_size": 3, **options}
+    return hfdistill.store_teacher(folder, model or bert(), numbered_rows(count), pad_without_number, plan, **options)
+
+
 def train(name: str, folder, store=None, teacher=True, resume=None, callbacks=(), **changes):
-    """Trains the run `name` for 8 shuffled steps of two micro-batches; with `teacher=False` from what is stored alone."""
+    """Trains the run `name` for 5 shuffled steps of two micro-batches, which are two epochs."""
     student, live, rows, options, more = RUNS[name]()
     settings = dict(
-        max_steps=8, per_device_train_batch_size=4, gradient_accumulation_steps=2, train_sampling_strategy="random", num_train_epochs=4,
+        max_steps=5, per_device_train_batch_size=2, gradient_accumulation_steps=2, train_sampling_strategy="random", num_train_epochs=4,
         optim="sgd", learning_rate=0.05,  # Adam would make rounding errors of tiny gradients as large as any step
     )
     if store is not None:
@@ -170,5 +188,5 @@ def train(name: str, folder, store=None, teacher=True, resume=None, callbacks=()
         options = {key: value for key, value in options.items() if not key.startswith("teacher_store")}
     args = arguments(folder, **{**settings, **options, **changes})
     more = {**more, "callbacks": list(callbacks), "resume": resume}
-    trainer, _ = run(student, live if teacher is True else teacher or None, more.pop("train_dataset", rows), args, **more)
+    trainer, _ = run(student, live if teacher is True else teacher, rows, args, **more)
     return trainer

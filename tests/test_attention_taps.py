@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from hfdistill.capture import Capture, CapturePlan
+from hfdistill.capture import Capture
+from hfdistill.capture_plan import CapturePlan
 from hfdistill.model_outputs import example_batch
 from hfdistill.signals import ATTENTION_SIGNALS
 from hfdistill.teachers.frozen import FrozenTeacher

@@ -10,7 +10,7 @@ from torch import nn
 from training import Rows, arguments, flat, pad, ragged, run, without_dropout
 
 from hfdistill import Capture, DistillationTrainer, Signals, Term
-from hfdistill.capture import CapturePlan
+from hfdistill.capture_plan import CapturePlan
 
 
 NO_HEAD = dict(task_weight=0.0, kd_weight=0.0)

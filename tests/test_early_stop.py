@@ -7,7 +7,8 @@ import transformers as tf
 import vision_families
 from torch import nn
 
-from hfdistill.capture import Capture, CapturePlan
+from hfdistill.capture import Capture
+from hfdistill.capture_plan import CapturePlan
 from hfdistill.early_stop import same_signals
 
 

@@ -10,7 +10,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 from training import Rows, arguments, pad, run
 
 from hfdistill import DistillationTrainer, Term
-from hfdistill.capture import Capture, CapturePlan
+from hfdistill.capture import Capture
+from hfdistill.capture_plan import CapturePlan
 from hfdistill.losses import CRDLoss, SoftTargetsLoss, VIDLoss
 from hfdistill.models.stages import _listed_by_timm, feature_map, special_token_count, token_grid
 

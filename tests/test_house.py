@@ -23,17 +23,17 @@ PACKAGE = ROOT / "hfdistill"
 
 # A module imports its own floor and lower ones. A folder stands for all its modules, unless a module has its own line.
 FLOORS = {
-    "signals": 0, "pooling": 0, "schedules": 0, "suggest": 0, "redaction": 0, "process_memory": 0, "step_clock": 0,
+    "signals": 0, "pooling": 0, "schedules": 0, "suggest": 0, "redaction": 0, "memory_pages": 0, "process_memory": 0, "step_clock": 0,
     "arguments": 1, "recipe_arguments": 1, "peft_arguments": 1,
     "models": 2,
-    "attention_taps": 3, "stage_taps": 3, "vocabulary_head": 3, "early_stop": 3, "capture": 3, "model_outputs": 3, "counting": 3,
+    "attention_taps": 3, "stage_taps": 3, "vocabulary_head": 3, "early_stop": 3, "capture_plan": 3, "capture": 3, "model_outputs": 3, "counting": 3, "packed": 3,
     "losses": 4,
     "terms": 5, "bound_term": 5, "vocabulary_terms": 5, "objective": 5, "binding": 5,
     "teachers": 6, "data": 6, "metrics": 6, "alignment": 6, "sentence_encoder": 6,
     "export": 7, "benchmark": 7, "plots": 7, "report": 7, "baselines": 7, "hub": 7, "side_file": 7, "citations": 7,
-    "part_log": 7, "checkpoints": 7, "run_card": 7, "preparation": 7,
+    "part_log": 7, "checkpoints": 7, "run_card": 7, "preparation": 7, "teacher_setup": 7,
     "trainer": 8, "trainer_files": 8, "trainer_optimization": 8, "trainer_store": 8, "trainer_search": 8,
-    "trainer_profile": 8, "trainer_sampling": 8, "trainer_shortcuts": 8,
+    "trainer_profile": 8, "trainer_hardware": 8, "trainer_sampling": 8, "packing_check": 7, "trainer_shortcuts": 8,
     "runs": 9, "comparison": 9, "callbacks": 9, "stages": 9, "stage_training": 9, "model_pair": 9, "image_pair": 9,
     "ablation": 9,
     "mutual": 9,

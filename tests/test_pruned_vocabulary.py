@@ -18,7 +18,8 @@ from hfdistill import (
     teacher_token_ids,
     train_wordpiece,
 )
-from hfdistill.capture import Capture, CapturePlan
+from hfdistill.capture import Capture
+from hfdistill.capture_plan import CapturePlan
 
 
 TEXTS = [

@@ -5,7 +5,8 @@ import pytest
 import torch
 import transformers as tf
 
-from hfdistill.capture import Capture, CapturePlan
+from hfdistill.capture import Capture
+from hfdistill.capture_plan import CapturePlan
 
 
 _SMALL = dict(

@@ -9,7 +9,7 @@ from stored_runs import train
 
 def main(folder: Path) -> None:
     for name in ("classification", "masked_lm"):
-        # 2 x 4 rows in place of 2 micro-batches of 4
+        # two rows on each in place of two micro-batches of two
         trainer = train(name, folder / "run", store=folder / name, gradient_accumulation_steps=1)
         torch.save(trainer.model.state_dict(), folder / f"{name}_{trainer.accelerator.process_index}.pt")
 

@@ -35,7 +35,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
     for dtype in (torch.float32, torch.bfloat16):
-        machine[f"{str(dtype).removeprefix('torch.')}_gflops"] = round(matmul_speed(device, dtype))
+        machine[f"{str(dtype).removeprefix('torch.')}_gflops"] = float(f"{matmul_speed(device, dtype):.3g}")
     return machine
 
 

@@ -121,6 +121,9 @@ def measure_memory(workload: Workload, candidate: Candidate, setting: Setting, s
 
     Gradients and the state of the optimizer are among them. One candidate a process: what was freed before would be used again unseen.
     """
+    warm = BareSteps(build_workload(workload.name, "tiny"), setting, "distil")
+    warm.take()  # libraries load their parts at first use
+    del warm
     own = candidate.build(workload, setting, candidate.objective)
     gc.collect()
     start = forget_peak(setting.device)

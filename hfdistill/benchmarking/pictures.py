@@ -85,7 +85,7 @@ def _draw(axis, title: str, values: Mapping[str, float], label: str) -> None:
     rows = range(len(names))
     axis.barh(rows, list(values.values()), color=[_colour(name) for name in names], height=0.68, zorder=2)
     for row, value in zip(rows, values.values()):
-        axis.annotate(f"{value:.2f}" if value < 20 else f"{value:,.0f}", (value, row), xytext=(3, 0), textcoords="offset points",
+        axis.annotate(f"{value:.2f}" if "time" in label else f"{value:,.0f}", (value, row), xytext=(3, 0), textcoords="offset points",
                       va="center", fontsize=8)  # fmt: skip
     if "time" in label:
         axis.axvline(1.0, color="#333333", linestyle="--", linewidth=1.0, zorder=3)

@@ -63,8 +63,8 @@ def run_benchmark(
     """Measures steps of hfdistill against a bare loop, the stock Trainer, and other libraries where they are installed.
 
     Every workload and allocator mode is a process of its own, in which the candidates take steps in turns. Memory is measured in a
-    process for each candidate. `results_<processor>.json`, a Markdown table and a picture are written to `folder` after each of them;
-    figures of a former command are kept where machine, versions and size are the same, so a part can be measured anew.
+    process for each candidate. `results_<processor>.json`, a Markdown table and a picture are written to `folder`. Figures of a former
+    command are kept where machine, versions and size are the same, so a part can be measured anew.
 
     Args:
         workloads, candidates: by name; default: all.
@@ -124,6 +124,7 @@ def run_benchmark(
         text = _must(in_a_process({"kind": "profile", **base, "workload": name, "candidate": candidate, "allocator": KEPT}))
         path.with_name(f"profile_{name}_{candidate}.txt").write_text(text, encoding="utf-8")
     save()
+    plot_benchmark(results, path.with_suffix(".png"))
     print(f"\n{benchmark_text(results)}\n{path}", flush=True)
     return results
 
@@ -202,7 +203,6 @@ def _saver(path: Path, results: dict[str, Any]) -> Callable[[], None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         write_tables(results, path.with_suffix(".md"))
-        plot_benchmark(results, path.with_suffix(".png"))
 
     return save
 

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import BertConfig, BertForSequenceClassification, default_data_collator
 
-from ..capture import CapturePlan
+from ..capture_plan import CapturePlan
 from ..process_memory import MEGABYTE, resident
 from ..teachers.store_writing import store_teacher
 from ..teachers.stored import StoredTeacher

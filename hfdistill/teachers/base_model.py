@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from ..capture import Capture, CapturePlan
+from ..capture import Capture
+from ..capture_plan import CapturePlan
 from ..models.peft_student import adapters_off, is_peft_student
 from ..signals import Signals
 from .frozen import concatenate, rows_of_piece

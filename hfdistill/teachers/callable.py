@@ -8,7 +8,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from ..capture import CapturePlan
+from ..capture_plan import CapturePlan
 from ..model_outputs import logits_of
 from ..signals import Signals
 

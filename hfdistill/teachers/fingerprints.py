@@ -73,7 +73,7 @@ def processor_settings(processor) -> dict[str, Any] | None:
 
 def collator_settings(collator) -> dict[str, Any]:
     """The class of a collator and what it was set up with."""
-    return {"class": _qualified(collator), **_settings(collator, depth=3)}
+    return {"class": _name(collator), **_settings(collator, depth=3)}
 
 
 def _settings(value: Any, depth: int) -> dict[str, Any]:
@@ -82,11 +82,11 @@ def _settings(value: Any, depth: int) -> dict[str, Any]:
     return {name: plain(own, depth) for name, own in sorted(vars(value).items()) if name not in _STATE}
 
 
-def _qualified(value: Any) -> str:
+def _name(value: Any) -> str:
+    """Of a class or function, without its module: that of a script is another one when it is imported."""
     if isinstance(value, functools.partial):
-        return f"partial({_qualified(value.func)}, {plain(value.keywords)})"
-    named = value if hasattr(value, "__qualname__") else type(value)
-    return f"{named.__module__}.{named.__qualname__}"
+        return f"partial({_name(value.func)}, {plain(value.keywords)})"
+    return getattr(value, "__name__", type(value).__name__)
 
 
 def plain(value: Any, depth: int = 4) -> Any:
@@ -110,8 +110,8 @@ def plain(value: Any, depth: int = 4) -> Any:
     if isinstance(value, PreTrainedTokenizerBase):
         return processor_settings(value)
     if depth > 0 and (is_dataclass(value) or hasattr(value, "__dict__")) and not callable(getattr(value, "forward", None)):
-        return {"class": _qualified(value), **_settings(value, depth - 1)}
-    return _qualified(value)
+        return {"class": _name(value), **_settings(value, depth - 1)}
+    return _name(value)
 
 
 def library_versions() -> dict[str, str]:

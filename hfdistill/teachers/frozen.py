@@ -10,9 +10,11 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor, nn
 
-from ..capture import Capture, CapturePlan
+from ..capture import Capture
+from ..capture_plan import CapturePlan
 from ..model_outputs import move_to
 from ..signals import Projection, Signals
+from .precision import cast_weights
 
 
 logger = logging.getLogger(__name__)
@@ -25,7 +27,8 @@ class FrozenTeacher:
         model (`nn.Module`): the teacher. It is frozen (`requires_grad_(False)`) and put in eval mode, now and again before
             every forward pass, so its dropout is off and its buffers do not change.
         device: where it runs; `None` leaves it where it is.
-        dtype (`torch.dtype`, *optional*): what its weights are cast to; `None` keeps their own.
+        dtype (`torch.dtype`, *optional*): what its weights are cast to; `None` keeps their own. Quantized and dispatched models
+            stay where and as they are.
         batch_size (`int`, *optional*): rows per forward pass; larger batches are cut and put together again.
         autocast: a callable giving the context of the forward pass, such as `accelerator.autocast`.
         pooling (`str`, *optional*): of its `pooled` signal, where it differs from that of the arguments; see [`Capture`].
@@ -46,18 +49,28 @@ class FrozenTeacher:
                 type(model).__name__,
             )
         self.model = model.requires_grad_(False).eval()
-        # Quantized and dispatched models refuse to be moved; they are where they should be.
-        placed = getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)
-        if not placed and (device is not None or dtype is not None):
-            self.model.to(device=device, dtype=dtype)
+        if not is_placed(model):
+            if dtype is not None:
+                cast_weights(self.model, dtype)
+            if device is not None:
+                self.model.to(device=device)
         self.batch_size = batch_size
         self.stops_early = False  # whether forward passes end with the last signal; see `Capture.check_early_stop`
+        self.compiled: nn.Module | None = None
         self.autocast = autocast or nullcontext
         self.capture = Capture(self.model, "teacher", pooling)
 
     @property
     def columns(self) -> list[str]:
         return self.capture.columns
+
+    def compile(self) -> None:
+        """From now on forward passes go through `torch.compile`, and run to their end.
+
+        One graph for the first shape and a second, dynamic one as soon as another is seen (`dynamic=None`). No mode with CUDA graphs:
+        their outputs are overwritten by the next pass, of which a batch in pieces has several.
+        """
+        self.compiled = torch.compile(self.model)
 
     def __call__(self, batch: Mapping, plan: CapturePlan, rows: Tensor | None = None, project: bool = True) -> Signals:
         """The teacher's signals on `batch`, on the device of the batch, without a graph.
@@ -76,8 +89,16 @@ class FrozenTeacher:
             for start in range(0, size, step):
                 cut = {k: v[start : start + step] if isinstance(v, Tensor) and v.size(0) == size else v for k, v in inputs.items()}
                 own = rows_of_piece(rows, inputs, start, step)
-                parts.append(self.capture(move_to(cut, self.model), plan, rows=own, project=project, stop_early=self.stops_early))
+                # The exception that ends a pass early would break the compiled graph in two.
+                early = self.stops_early and self.compiled is None
+                cut = move_to(cut, self.model)
+                parts.append(self.capture(cut, plan, forward=self.compiled, rows=own, project=project, stop_early=early))
         return replace(concatenate(parts, home), rows=rows)
+
+
+def is_placed(model: nn.Module) -> bool:
+    """Whether the model refuses to be moved or cast: quantized and dispatched ones are where and as they should be."""
+    return bool(getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None))
 
 
 def rows_of_piece(rows: Tensor | None, inputs: Mapping, start: int, step: int) -> Tensor | None:
@@ -98,6 +119,7 @@ def concatenate(parts: list[Signals], device) -> Signals:
             return {key: join([value[key] for value in values]) for key in values[0]}
         if not isinstance(values[0], Tensor):
             return values[0]
-        return (values[0] if len(values) == 1 else torch.cat(values)).to(device)
+        # To a GPU the host need not wait; what is read on the CPU must have arrived.
+        return (values[0] if len(values) == 1 else torch.cat(values)).to(device, non_blocking=torch.device(device).type != "cpu")
 
     return Signals(**{f.name: join([getattr(part, f.name) for part in parts]) for f in fields(Signals)})

@@ -51,10 +51,17 @@ class TwoPrecisions:
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         self._tensors = list(_castable(model))
         self._others = [tensor.data.to(dtype) for tensor in self._tensors]
+        self._swapped = False
 
     def swap(self) -> None:
+        self._swapped = not self._swapped
         for i, tensor in enumerate(self._tensors):
             tensor.data, self._others[i] = self._others[i], tensor.data
+
+    def restore(self) -> None:
+        """The weights that the model came with."""
+        if self._swapped:
+            self.swap()
 
 
 def _castable(model: nn.Module) -> Iterable[Tensor]:
@@ -70,6 +77,31 @@ def _castable(model: nn.Module) -> Iterable[Tensor]:
         if plain and tensor.is_floating_point() and id(tensor) not in seen and not any(part in name for part in kept):
             seen.add(id(tensor))
             yield tensor
+
+
+def quantizable(model: nn.Module) -> list[nn.Linear]:
+    """Linear layers that can be stored as int8: not the output embedding, which losses read and which is often the input embedding too."""
+    inner = unwrap_peft(model)
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    return [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head and type(m.weight.detach()) is Tensor]
+
+
+def quantize_weights(model: nn.Module) -> None:
+    """Stores the weights of linear layers as int8 with one scale for each output, in place.
+
+    Raises:
+        ValueError: where torchao is not installed.
+    """
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise ValueError(
+            f"teacher_quantization='int8' needs torchao, which cannot be imported ({error}). Install it with `pip install "
+            "hfdistill[torchao]`, or leave teacher_quantization out."
+        ) from error
+    layers = set(map(id, quantizable(model)))
+    quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda module, _name: id(module) in layers)
+    model.requires_grad_(False)
 
 
 # ---- Speed ----
@@ -97,14 +129,17 @@ def compare_speed(model: nn.Module, dtype: torch.dtype, run: Callable[[], object
     """Median seconds of `run()` with the weights as they are and in `dtype`, taken in turns. The weights are left as they were."""
     weights = TwoPrecisions(model, dtype)
     times: tuple[list[float], list[float]] = ([], [])
-    for repeat in range(REPEATS + 1):
-        for own in times:
-            taken = seconds(run, device)
-            weights.swap()
-            if repeat > 0:
-                own.append(taken)
-        if repeat > 0 and sum(map(sum, times)) > BUDGET:
-            break
+    try:
+        for repeat in range(REPEATS + 1):
+            for own in times:
+                taken = seconds(run, device)
+                weights.swap()
+                if repeat > 0:
+                    own.append(taken)
+            if repeat > 0 and sum(map(sum, times)) > BUDGET:
+                break
+    finally:
+        weights.restore()
     return statistics.median(times[0]), statistics.median(times[1])
 
 
@@ -141,12 +176,16 @@ class Drift:
         return "; ".join(found)
 
 
-def measure_drift(precise: Signals, other: Signals, terms: Mapping[str, Callable[[Tensor, Tensor], LossValue]], spans: bool = False) -> Drift:
+LogitLosses = Mapping[str, Callable[[Tensor, Tensor], LossValue]]
+"""Name -> a loss of `(student logits, teacher logits)`."""
+
+
+def measure_drift(precise: Signals, other: Signals, terms: LogitLosses, spans: bool = False) -> Drift:
     """What the precision of the teacher changes.
 
     Args:
         precise, other: signals of the two on the same batch. Padding does not count.
-        terms: name -> a loss of `(student logits, teacher logits)`; `other` is the student.
+        terms: losses of logits; `other` is the student.
         spans: whether logits are `(batch, 2, length)`, whose classes are the positions.
     """
     drift = Drift()
@@ -188,7 +227,7 @@ def _logit_rows(signals: Signals, spans: bool) -> Tensor | None:
     return logits.flatten(0, 1) if mask is None or mask.shape != logits.shape[:2] else logits[mask]
 
 
-def _compare_logits(drift: Drift, precise: Tensor, other: Tensor, terms: Mapping[str, Callable[[Tensor, Tensor], LossValue]]) -> None:
+def _compare_logits(drift: Drift, precise: Tensor, other: Tensor, terms: LogitLosses) -> None:
     there = precise.isfinite()
     drift.finite &= bool((other.isfinite() | ~there).all())
     difference, largest, equal = 0.0, 0.0, 0

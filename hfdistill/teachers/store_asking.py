@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..capture import CapturePlan
+from ..capture_plan import CapturePlan
 from ..models.anatomy import task_of
 from ..redaction import shareable
 from ..signals import Signals

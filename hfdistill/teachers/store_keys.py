@@ -13,7 +13,7 @@ import torch
 from datasets.fingerprint import Hasher
 from torch import Tensor
 
-from ..capture import TEACHER_PREFIX
+from ..capture_plan import TEACHER_PREFIX
 from ..counting import EXAMPLE_ID, LABEL_COLUMNS
 
 
@@ -55,6 +55,7 @@ class KeyedCollator:
 
     def __init__(self, collator: Callable, inputs: Sequence[str], numbered: bool = False):
         self.collator, self.inputs, self.numbered = collator, list(inputs), numbered
+        self.columns = tuple(getattr(collator, "columns", ()))  # which the trainer keeps for it
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if any(row.get(EXAMPLE_ID) is None for row in rows):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..capture import CapturePlan
+from ..capture_plan import CapturePlan
 from ..signals import ATTENTION_SIGNALS
 from .fingerprints import collator_settings, config_settings, library_versions, plain, processor_settings, weights_hash
 from .frozen import FrozenTeacher

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from ..capture import CapturePlan
+from ..capture_plan import CapturePlan
 from ..counting import EXAMPLE_ID, marked_targets
 from ..signals import Projection, Signals, TopLogits
 from .store_format import StoredSignal
