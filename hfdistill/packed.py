@@ -50,8 +50,8 @@ class PackedInputs:
         known = inspect.signature(model.forward).parameters
         if not isinstance(model, PreTrainedModel) or "position_ids" not in known:
             raise ValueError(
-                f"{type(model).__name__} takes no position_ids, so in a packed row all sequences but the first would stand at wrong positions. "
-                "Leave packing out; train_sampling_strategy='group_by_length' saves padding too."
+                f"{type(model).__name__} takes no position_ids, so in a packed row all sequences but the first would stand at wrong "
+                "positions. Leave packing out; train_sampling_strategy='group_by_length' saves padding too."
             )
         config = model.config
         kinds = set(getattr(config, "layer_types", None) or ())
@@ -73,8 +73,8 @@ class PackedInputs:
         implementation = config._attn_implementation
         if implementation not in (*_BOOLEAN_MASKS, "eager"):
             raise ValueError(
-                f"Packed rows need an attention with a mask of blocks, and {type(self.model).__name__} runs {implementation!r}. Load it with "
-                "attn_implementation='sdpa', or leave packing out."
+                f"Packed rows need an attention with a mask of blocks, and {type(self.model).__name__} runs {implementation!r}. Load it "
+                "with attn_implementation='sdpa', or leave packing out."
             )
         inputs = {"position_ids": packed_positions(sequence_ids) + self.first, **self.options}
         if self.finds_blocks:

@@ -14,6 +14,7 @@ from .counting import real_tokens
 from .data.packing import PackingCollator
 from .objective import Objective
 from .signals import STAGE_SIGNALS
+from .teachers import AdaptersOffTeacher
 
 
 _TOKEN_TASKS = ("token", "masked_lm", "causal_lm")
@@ -39,21 +40,21 @@ def check_packing(
     """
     if objective.task not in _TOKEN_TASKS:
         raise ValueError(
-            f"Rows are packed, but the student answers for whole sequences (its task: {objective.task}), of which a packed row holds several. "
-            + _CURE
+            f"Rows are packed, but the student answers for whole sequences (its task: {objective.task}), of which a packed row holds "
+            f"several. {_CURE}"
         )
     causal = objective.task == "causal_lm"
     if collator.causal != causal:
         raise ValueError(
-            f"PackingCollator has causal={collator.causal}, but the student's task is {objective.task}: the first token of each sequence would "
-            f"{'be predicted from another sequence' if causal else 'lose its label'}. Pass causal={causal}."
+            f"PackingCollator has causal={collator.causal}, but the student's task is {objective.task}: the first token of each sequence "
+            f"would {'be predicted from another sequence' if causal else 'lose its label'}. Pass causal={causal}."
         )
     captures = [student]
-    if teacher is not None:
+    if teacher is not None and not isinstance(teacher, AdaptersOffTeacher):  # which is the student's own model
         if not isinstance(getattr(teacher, "capture", None), Capture):
             raise ValueError(
-                f"Rows are packed, but a teacher that is a {type(teacher).__name__} answers for single examples, of which a packed row holds "
-                "several. Pass the teacher as a model, without teacher_store, or leave packing out."
+                f"Rows are packed, but a teacher that is a {type(teacher).__name__} answers for single examples, of which a packed row "
+                "holds several. Pass the teacher as a model, without teacher_store, or leave packing out."
             )
         captures.append(teacher.capture)
     for term in objective.terms.values():
@@ -92,13 +93,18 @@ def _try_model(collator: PackingCollator, capture: Capture, example: dict[str, t
     padded["place"] = torch.arange(ids.numel()).view_as(padded["input_ids"])
     one_row = PackingCollator(collator.collator, total, collator.causal).pack(padded)
     places = one_row.pop("place")[one_row["sequence_ids"] > 0]
-    plan = CapturePlan(logits=False, hidden_states=frozenset([capture.depth - 1]))
-    alone, packed = (
-        capture.require(plan, {name: value.to(ids.device) for name, value in batch.items()}).hidden_states[capture.depth - 1].flatten(0, 1)
-        for batch in (example, one_row)
-    )
-    alone = alone[places.to(alone.device)].float()
-    difference = float((packed.float() - alone).abs().max() / alone.abs().max().clamp(min=1e-12))
+    block = capture.depth - 1
+    plan = CapturePlan(logits=False, hidden_states=frozenset([block]))
+
+    def states(batch) -> torch.Tensor:
+        batch = {name: value.to(ids.device) for name, value in batch.items()}
+        return capture.require(plan, batch).hidden_states[block].flatten(0, 1).float()
+
+    alone = states(example)[places.to(ids.device)]
+    try:
+        difference = float((states(one_row) - alone).abs().max() / alone.abs().max().clamp(min=1e-12))
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(f"The {capture.name} cannot read packed rows: it takes no mask of blocks ({error}). {_CURE}") from error
     if not difference <= _TOLERANCE.get(capture.inner.dtype, 1e-3):
         raise ValueError(
             f"In a packed row the {capture.name} does not read each sequence as if it were alone: its hidden states differ by "

@@ -33,7 +33,11 @@ class TrainerStore(Trainer):
 
     def _stored_teacher(self, teacher):
         """Where there is a `teacher_store` but no teacher, what is in the folder is the teacher."""
-        return StoredTeacher(self.args.teacher_store) if teacher is None and self.args.teacher_store is not None else teacher
+        return StoredTeacher(self._store_folder) if teacher is None and self.args.teacher_store is not None else teacher
+
+    @property
+    def _store_folder(self) -> str:
+        return self.args.teacher_store.replace("{seed}", str(self.args.seed))
 
     def _check_store(self) -> None:
         """Refuses before training what cannot be trained from stored answers."""
@@ -72,8 +76,8 @@ class TrainerStore(Trainer):
         others = [term.name for term in self._logit_terms() if type(term.loss) is not SoftTargetsLoss]
         if others:
             raise ValueError(
-                f"The term {others[0]!r} needs all logits of the teacher, but teacher_store_logits={kind} keeps the largest ones. Set it to "
-                "hidden, or use soft_targets alone."
+                f"The term {others[0]!r} needs all logits of the teacher, but teacher_store_logits={kind} keeps the largest ones. Set it "
+                "to hidden, or use soft_targets alone."
             )
         self._store_temperature()
         if kind == "top_k_without_tail":
@@ -121,6 +125,11 @@ class TrainerStore(Trainer):
         collator makes for training.
         """
         args, collator = self.args, self._training_collator()
+        if args.teacher_store is None or not isinstance(self.teacher, FrozenTeacher):
+            raise ValueError(
+                f"There is nothing to store (teacher_store is {args.teacher_store!r}, the teacher {type(self.teacher).__name__}). Name a "
+                "folder in teacher_store, and pass a model as the teacher."
+            )
         self._number_examples()
         plan = self._teacher_plan()
         top_k = args.teacher_store_logits in ("top_k", "top_k_without_tail") and plan.logits
@@ -129,7 +138,7 @@ class TrainerStore(Trainer):
         language_model = self.objective.task in LANGUAGE_MODELS
         start = time.perf_counter()
         store = store_teacher(
-            args.teacher_store,
+            self._store_folder,
             self.teacher,
             self._collated_rows(),
             collator,
@@ -152,8 +161,7 @@ class TrainerStore(Trainer):
         )
         if self.is_world_process_zero():
             print(
-                f"Stored teacher: {len(store)} answers, {store.bytes / 1e6:.1f} MB in {store.folder} "
-                f"({time.perf_counter() - start:.1f} s)"
+                f"Stored teacher: {len(store)} answers, {store.bytes / 1e6:.1f} MB in {store.folder} ({time.perf_counter() - start:.1f} s)"
             )
             if top_k:
                 mean, worst = store.lost_mass()
@@ -223,14 +231,16 @@ class TrainerStore(Trainer):
         self._needs_example_ids = True
         self._signature_columns = None
         self.teacher.capture.check(self._teacher_plan())
-        temperature = store.manifest.temperature
-        if temperature is not None and self._teacher_plan().logits and self._store_temperature() != temperature:
+        then, now = store.manifest.temperature, None
+        if then is not None and self._teacher_plan().logits and (now := self._store_temperature()) != then:
             raise ValueError(
-                f"The mass outside the stored top k is that at temperature {temperature:g}, but the terms have {self._store_temperature():g}. "
-                f"Set temperature to {temperature:g}, or store the teacher again."
+                f"The mass outside the stored top k is that at temperature {then:g}, but the terms have {now:g}. Set temperature to "
+                f"{then:g}, or store the teacher again."
             )
         now = {"collator": collator_settings(self._training_collator()), "processors": [processor_settings(self.processing_class)]}
         stored = store.manifest.fingerprint
+        if "seed" not in stored["collator"]:  # its draws change nothing
+            now["collator"].pop("seed", None)
         parts = ["collator"]
         if stored["processors"] and None not in (stored["processors"][0], now["processors"][0]):
             now["processors"] += stored["processors"][1:]  # the teacher's own is not here to be compared

@@ -60,8 +60,12 @@ ARGUMENTS = (MaskedLanguageModelArguments, "DistillationTrainingArguments")
 COUNTED_ROWS = 50_000  # or documents of a stream: what counting baselines and token frequencies are taken from
 
 
-def main(recipe, args):
-    """Runs the recipe and returns the contents of `results.json`."""
+def main(recipe, args, instead=None):
+    """Runs the recipe and returns the contents of `results.json`.
+
+    `instead(run, *parts)`, where it is given, takes the place of training the students, and its value is returned; `parts` are what
+    `Run.finish_students` takes up to the metric.
+    """
     begin(recipe, args)
     check_recipe(recipe, args)
     causal = recipe.language_model == "causal"
@@ -170,7 +174,10 @@ def main(recipe, args):
     others = {}
     if recipe.baselines:
         others["alone"] = hfdistill.Comparison(f"student alone, {amount}", rows, hfdistill.WITHOUT_TEACHER)
-    arms = run.finish_students(recipe, student, trainer_for, {"train": rows}, {"teacher": pair.teacher}, headline, amount, others)
+    parts = (recipe, student, trainer_for, {"train": rows}, {"teacher": pair.teacher}, headline)
+    if instead is not None:
+        return instead(run, *parts)
+    arms = run.finish_students(*parts, amount, others)
 
     # ---- What came out ----
     baselines = {}

@@ -44,8 +44,12 @@ class SentenceEmbeddingArguments(hfdistill.RecipeArguments):
 ARGUMENTS = (SentenceEmbeddingArguments, "DistillationTrainingArguments")
 
 
-def main(recipe, args):
-    """Runs the recipe and returns the contents of `results.json`."""
+def main(recipe, args, instead=None):
+    """Runs the recipe and returns the contents of `results.json`.
+
+    `instead(run, *parts)`, where it is given, takes the place of training the students, and its value is returned; `parts` are what
+    `Run.finish_students` takes up to the metric.
+    """
     begin(recipe, args)
 
     # ---- Data, tokenizer, teacher: given by name, or a BERT from scratch ----
@@ -110,7 +114,10 @@ def main(recipe, args):
     if recipe.baselines and len(pairs):
         others["alone"] = hfdistill.Comparison(f"student alone, {len(pairs)} pairs", pairs, alone)
     datasets, title = {"train": transfer, "transfer": transfer, "pairs": pairs}, f"{len(transfer)} texts"
-    arms = run.finish_students(recipe, pair.student, trainer_for, datasets, {"teacher": pair.teacher}, headline, title, others)
+    parts = (recipe, pair.student, trainer_for, datasets, {"teacher": pair.teacher}, headline)
+    if instead is not None:
+        return instead(run, *parts)
+    arms = run.finish_students(*parts, title, others)
 
     # ---- What came out ----
     baselines = hfdistill.pair_baselines(data, headline) if recipe.baselines else {}

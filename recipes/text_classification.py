@@ -30,8 +30,12 @@ class TextClassificationArguments(hfdistill.TextDataArguments):
 ARGUMENTS = (TextClassificationArguments, "DistillationTrainingArguments")
 
 
-def main(recipe, args):
-    """Runs the recipe and returns the contents of `results.json`."""
+def main(recipe, args, instead=None):
+    """Runs the recipe and returns the contents of `results.json`.
+
+    `instead(run, *parts)`, where it is given, takes the place of training the students, and its value is returned; `parts` are what
+    `Run.finish_students` takes up to the metric.
+    """
     from datasets import concatenate_datasets
 
     begin(recipe, args)
@@ -92,7 +96,10 @@ def main(recipe, args):
     others = hfdistill.label_comparisons(labelled, transfer, teacher_rows) if recipe.baselines else {}
     datasets = {"train": mixed, "labelled": labelled, "transfer": transfer, "teacher_train": teacher_rows}
     title = f"{len(labelled)} labelled and {len(transfer)} unlabelled texts"
-    arms = run.finish_students(recipe, pair.student, trainer_for, datasets, {"teacher": pair.teacher}, headline, title, others)
+    parts = (recipe, pair.student, trainer_for, datasets, {"teacher": pair.teacher}, headline)
+    if instead is not None:
+        return instead(run, *parts)
+    arms = run.finish_students(*parts, title, others)
 
     # ---- What came out ----
     baselines = {}

@@ -50,10 +50,7 @@ def token_rows(count: int = 12) -> Dataset:
 def span_rows(count: int = 12) -> Dataset:
     rows = text_rows(count).to_list()
     return Dataset.from_list(
-        [
-            {"input_ids": row["input_ids"], "attention_mask": row["attention_mask"], "start_positions": 1, "end_positions": 2}
-            for row in rows
-        ]
+        [{"input_ids": row["input_ids"], "attention_mask": row["attention_mask"], "start_positions": 1, "end_positions": 2} for row in rows]
     )
 
 
@@ -68,9 +65,8 @@ def images(count: int = 12, augmentation=None, side: int = 24):
 
     generator = torch.Generator().manual_seed(5)
     pixels = torch.randint(0, 256, (count, side, side, 3), generator=generator, dtype=torch.uint8).numpy()
-    rows = Dataset.from_dict(
-        {"image": [Image.fromarray(one) for one in pixels], "label": [i % 3 for i in range(count)], "example_id": [7 * i for i in range(count)]}
-    )
+    columns = {"image": map(Image.fromarray, pixels), "label": (i % 3 for i in range(count)), "example_id": range(0, 7 * count, 7)}
+    rows = Dataset.from_dict({name: list(values) for name, values in columns.items()})
     processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
     return rows, ImageCollator(processor, augmentation=augmentation, seed=4)
 
@@ -175,18 +171,25 @@ def write(folder, count: int = 20, plan=None, model=None, **options) -> hfdistil
     return hfdistill.store_teacher(folder, model or bert(), numbered_rows(count), pad_without_number, plan, **options)
 
 
-def train(name: str, folder, store=None, teacher=True, resume=None, callbacks=(), **changes):
+def train(name: str, folder, store=None, teacher=True, resume=None, collator_seed=None, **changes):
     """Trains the run `name` for 5 shuffled steps of two micro-batches, which are two epochs."""
     student, live, rows, options, more = RUNS[name]()
     settings = dict(
-        max_steps=5, per_device_train_batch_size=2, gradient_accumulation_steps=2, train_sampling_strategy="random", num_train_epochs=4,
-        optim="sgd", learning_rate=0.05,  # Adam would make rounding errors of tiny gradients as large as any step
+        max_steps=5,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        train_sampling_strategy="random",
+        num_train_epochs=4,
+        optim="sgd",
+        learning_rate=0.05,  # Adam would make rounding errors of tiny gradients as large as any step
     )
     if store is not None:
         settings |= dict(teacher_store=str(store), teacher_store_dtype="float32")
     else:
         options = {key: value for key, value in options.items() if not key.startswith("teacher_store")}
     args = arguments(folder, **{**settings, **options, **changes})
-    more = {**more, "callbacks": list(callbacks), "resume": resume}
+    if collator_seed is not None:
+        more["data_collator"].seed = collator_seed
+    more = {**more, "resume": resume}
     trainer, _ = run(student, live if teacher is True else teacher, rows, args, **more)
     return trainer

@@ -76,6 +76,19 @@ def test_token_and_language_models_too(family, head, positions, tmp_path):
         assert_same(cut, whole)
 
 
+# name -> family, head, weights; weights tied to the embeddings and not, and a student whose head no term needs
+LANGUAGE_MODELS = {
+    "tied": ("bert", "MaskedLM", dict(task_weight=1.0, kd_weight=2.0, cosine_weight=1.0, kd_positions="labelled")),
+    "untied": ("llama", "CausalLM", dict(task_weight=1.0, kd_weight=2.0, kd_positions="all")),
+    "headless": ("bert", "MaskedLM", dict(task_weight=0.0, kd_weight=0.0, hidden_weight=1.0)),
+}
+
+
+def language_model_gradient(name, tmp_path, batch, steps):
+    family, head, weights = LANGUAGE_MODELS[name]
+    return first_gradient(family, tmp_path, batch, steps, False, head=head, data=token_rows(family), **weights)
+
+
 def test_a_sliding_window_is_counted(tmp_path):
     gradients = []
     for batch, steps in ((8, 1), (1, 8)):
@@ -148,6 +161,12 @@ def test_two_processes_give_the_gradient_of_one(tmp_path):
             for key, value in both[0]["logs"].items():
                 if key not in ("grad_norm", "epoch", "step"):
                     assert value == pytest.approx(trainer.state.log_history[0][key], rel=1e-5, abs=1e-7), key
+    for name in LANGUAGE_MODELS:  # logits made chunk by chunk, outside of what DistributedDataParallel sees
+        _, alone = language_model_gradient(name, tmp_path / "alone", 8, 1)
+        for rank in (0, 1):
+            found = torch.load(tmp_path / f"{name}_{rank}.pt", weights_only=True)
+            assert found["head"] == "chunked"
+            assert_same(found["gradient"], alone)
 
 
 def test_one_denominator_for_all_terms_would_be_noticed(tmp_path, monkeypatch):

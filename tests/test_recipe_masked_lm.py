@@ -134,6 +134,33 @@ def test_causal_on_documents_grouped_by_length(tmp_path, file):
     assert scores.size(-1) == len(tokenizer) == student.config.vocab_size > 257
 
 
+def test_packed_batches_train_what_padded_ones_do(tmp_path, file, monkeypatch):
+    """The same texts, masks and steps without dropout: the same student, from fewer positions."""
+    students, positions = [], []
+    original = DistillationTrainer.training_step
+
+    def training_step(self, model, inputs, *rest):
+        positions[-1] += inputs["input_ids"].numel()
+        return original(self, model, inputs, *rest)
+
+    monkeypatch.setattr(DistillationTrainer, "training_step", training_step)
+    quiet = json.dumps({**SMALL, "attention_probs_dropout_prob": 0.0})
+    for packing in ("false", "true"):
+        positions.append(0)
+        folder = tmp_path / packing
+        run(train_file=file, output_dir=folder, line_by_line="true", min_row_tokens="1", packing=packing, teacher_config=quiet, max_seq_length="64")
+        students.append(load_file(folder / "model.safetensors"))
+    for name, tensor in students[0].items():
+        torch.testing.assert_close(students[1][name], tensor, rtol=1e-3, atol=2e-5, msg=name)
+    assert positions[1] < 0.9 * positions[0]
+    for options, message in (
+        ({}, "packing is for rows that differ in length"),
+        ({"line_by_line": "true", "language_model": "causal", "kd_positions": "all"}, "packing with kd_positions='all'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(train_file=file, output_dir=tmp_path / "refused", packing="true", **options)
+
+
 def test_roberta_with_whole_words_smoothed_frequencies_and_a_stream(tmp_path, file):
     folder = tmp_path / "roberta"
     results = run(

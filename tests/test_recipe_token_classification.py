@@ -120,7 +120,7 @@ def test_entities_under_a_teacher_of_another_label_order(tmp_path, ner, trainers
     assert results["baselines"].keys() >= {"window_logreg", "majority"}
 
 
-def test_stages_and_a_byte_level_teacher(tmp_path, ner):
+def test_stages_and_a_byte_level_teacher(tmp_path, ner, trainers):
     """RoBERTa's tokenizer is loaded so that words in a list stay words; stages name the data of this recipe."""
     tokenizer = train_byte_level(["Peter Blackburn saw the old bridge in Brussels today, near Rome. Anna Lee and Bob"], vocab_size=330)
     teacher = families.build("roberta", 2, head="TokenClassification", vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
@@ -132,9 +132,10 @@ def test_stages_and_a_byte_level_teacher(tmp_path, ner):
         {"name": "learn", "data": "labelled", "max_steps": 1},
     ]
     flags = [*ner, *QUICK, "--teacher_model_name_or_path", str(tmp_path / "teacher"), "--labelled_rows", "10", "--baselines", "false"]
-    (tmp_path / "stages.yaml").write_text(json.dumps({"stages": stages, "label_all_tokens": True}))
+    (tmp_path / "stages.yaml").write_text(json.dumps({"stages": stages, "label_all_tokens": True, "packing": True}))
     results = run("--config", str(tmp_path / "stages.yaml"), *flags, "--output_dir", str(tmp_path / "out"))
     assert results["student_distilled"]["steps"] == 3 and results["metric"] == "span_f1" and results["student_alone"] is None
+    assert all(isinstance(trainer.data_collator, hfdistill.PackingCollator) for trainer in trainers.values())
     from transformers import AutoTokenizer
 
     saved = AutoTokenizer.from_pretrained(tmp_path / "out")

@@ -6,7 +6,7 @@ import logging
 import families
 import pytest
 from test_denominators import assert_same, token_rows
-from training import ALL_TERMS, arguments, pad, ragged, run, without_dropout
+from training import ALL_TERMS, arguments, flat, pad, ragged, run, without_dropout
 
 from hfdistill import DistillationTrainer, Term
 
@@ -197,3 +197,11 @@ def test_frozen_and_tied_embeddings(tied, tmp_path):
         gradients.append(run(student, families.build("bert", 3, head="MaskedLM"), token_rows("bert"), args)[1][0])
     assert ("cls.predictions.decoder.weight" in gradients[1]) is False  # tied: under the embeddings' name; frozen: not at all
     assert_same(gradients[1], gradients[0])
+
+
+def test_under_autocast_chunks_are_multiplied_in_its_dtype(tmp_path):
+    weights = dict(task_weight=1.0, kd_weight=2.0, kd_positions="all", bf16=True)
+    exact = step("bert", "MaskedLM", tmp_path, **{**weights, "bf16": False}, **PLAIN)[2]
+    plain, fast = step("bert", "MaskedLM", tmp_path, **weights, **PLAIN)[2], step("bert", "MaskedLM", tmp_path, **weights)[2]
+    errors = [float((flat(gradient) - flat(exact)).norm() / flat(exact).norm()) for gradient in (plain, fast)]
+    assert 1e-5 < errors[1] < 0.05 and errors[1] < 2 * errors[0]  # rounded, and not worse than the plain path

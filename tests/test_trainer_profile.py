@@ -40,7 +40,8 @@ def test_a_log_line_says_where_the_time_of_its_steps_went(tmp_path):
 
 def test_evaluation_does_not_count(tmp_path):
     student, teacher = families.build("bert", 1, seed=1), families.build("bert", 2, seed=2)
-    args = arguments(tmp_path, log_step_profile=True, max_steps=3, logging_steps=3, eval_strategy="steps", eval_steps=1, eval_with_teacher=True)
+    measured = {"eval_strategy": "steps", "eval_steps": 1, "eval_with_teacher": True}
+    args = arguments(tmp_path, log_step_profile=True, max_steps=3, logging_steps=3, **measured)
     trainer, _ = run(student, teacher, ragged("bert"), args, eval_dataset=ragged("bert", rows=40))
     log = next(log for log in trainer.state.log_history if "loss" in log)
     assert log["samples_per_second"] * log["time_step_ms"] / 1000 == pytest.approx(8, rel=1e-3)

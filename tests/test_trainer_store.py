@@ -11,9 +11,11 @@ import families
 import pytest
 import stored_runs
 import torch
+import yaml
 from stored_runs import RUNS, collate, text_rows, train
 from training import arguments, ragged
 
+import hfdistill
 from hfdistill import DistillationTrainer, StoredTeacher, TeacherStore, Term
 from hfdistill.teachers import FrozenTeacher
 
@@ -108,16 +110,15 @@ def test_random_states_are_left_alone(tmp_path):
 
 def test_evaluation_with_the_teacher_keeps_it(tmp_path):
     student, teacher = families.build("bert", 1, seed=1), families.build("bert", 2, seed=2)
-    options = dict(teacher_store=str(tmp_path / "store"), eval_with_teacher=True)
-    trainer = DistillationTrainer(student, arguments(tmp_path / "run", **options), collate, text_rows(), text_rows(6, seed=9), teacher=teacher)
+    held_out, plain_args = text_rows(6, seed=9), arguments(tmp_path / "run", eval_with_teacher=True)
+    args = arguments(tmp_path / "run", teacher_store=str(tmp_path / "store"), eval_with_teacher=True)
+    trainer = DistillationTrainer(student, args, collate, text_rows(), held_out, teacher=teacher)
     trainer.train()
     assert trainer.teacher.live is not None
-    plain = DistillationTrainer(student, arguments(tmp_path / "run", eval_with_teacher=True), collate, None, text_rows(6, seed=9), teacher=teacher)
+    plain = DistillationTrainer(student, plain_args, collate, None, held_out, teacher=teacher)
     assert trainer.evaluate()["eval_kd"] == pytest.approx(plain.evaluate()["eval_kd"], rel=1e-5)
     with pytest.raises(ValueError, match="eval_with_teacher=True asks the teacher about evaluation data, but only its answers to training"):
-        DistillationTrainer(
-            student, arguments(tmp_path / "run", eval_with_teacher=True), collate, text_rows(), teacher=StoredTeacher(tmp_path / "store")
-        )
+        DistillationTrainer(student, plain_args, collate, text_rows(), teacher=StoredTeacher(tmp_path / "store"))
 
 
 def test_a_store_without_a_teacher(tmp_path):
@@ -142,7 +143,7 @@ def test_columns_of_the_teacher_reach_it(tmp_path):
     changed = rows.map(lambda row: {"token_type_ids": [0] * len(row["input_ids"])})
     student = families.build("distilbert", 1, seed=1)
     trainer = DistillationTrainer(student, arguments(tmp_path / "run"), collate, changed, teacher=StoredTeacher(tmp_path / "store"))
-    with pytest.raises(ValueError, match=r"stored answer to example_id \d+ \(epoch 0\) .* was given to other inputs \(input_ids, token_type_ids"):
+    with pytest.raises(ValueError, match=r"example_id \d+ \(epoch 0\) .* was given to other inputs \(input_ids, token_type_ids"):
         trainer.train()
 
 
@@ -186,15 +187,25 @@ def test_another_collator_or_library_is_refused(tmp_path, monkeypatch):
     train("masked_lm", tmp_path / "run", teacher=StoredTeacher(tmp_path / "store"))  # there is no model that would answer otherwise
 
 
+def test_a_seed_matters_only_where_something_is_drawn(tmp_path):
+    """Three seeds of a recipe share one store, unless images are augmented; then `{seed}` in the name keeps them apart."""
+    for seed in (3, 4):
+        train("maps", tmp_path / "run", store=tmp_path / "store", seed=seed, collator_seed=seed)
+    with pytest.raises(ValueError, match=r"collator\.seed: stored 3, now 4"):
+        for seed in (3, 4):
+            train("augmented_maps", tmp_path / "run", store=tmp_path / "one", seed=seed, collator_seed=seed)
+    for seed in (3, 4):
+        train("augmented_maps", tmp_path / "run", store=tmp_path / "own_{seed}", seed=seed, collator_seed=seed)
+    assert (tmp_path / "own_3/manifest.json").is_file() and (tmp_path / "own_4/manifest.json").is_file()
+
+
 def test_other_data_under_the_same_numbers_are_refused(tmp_path):
     """Reordered rows whose numbers are their positions: nothing but the hash can tell."""
     train("classification", tmp_path / "run", store=tmp_path / "store")
     rows = text_rows().select(range(11, -1, -1))
     student = families.build("bert", 2, seed=1)
     options = dict(kd_weight=0.5)
-    trainer = DistillationTrainer(
-        student, arguments(tmp_path / "run", **options), collate, rows, teacher=StoredTeacher(tmp_path / "store")
-    )
+    trainer = DistillationTrainer(student, arguments(tmp_path / "run", **options), collate, rows, teacher=StoredTeacher(tmp_path / "store"))
     with pytest.raises(ValueError, match="was given to other inputs .* than this batch has: the data, their order"):
         trainer.train()
 
@@ -256,6 +267,27 @@ def test_the_lost_mass_is_printed_and_no_tail_is_named_biased(tmp_path, capsys, 
     assert "biased" not in caplog.text
     train("top_k_masked_lm", tmp_path / "run", store=tmp_path / "b", teacher_store_top_k=4, teacher_store_logits="top_k_without_tail")
     assert "teacher_store_logits=top_k_without_tail is biased" in caplog.text
+
+
+@pytest.mark.slow
+def test_the_script_stores_what_the_recipe_asks(tmp_path, monkeypatch):
+    """Then the recipe trains its students, of two seeds, without asking the teacher."""
+    config = {
+        "output_dir": str(tmp_path / "run"), "teacher_store": str(tmp_path / "store"), "seeds": [0, 1], "baselines": False,
+        "max_train_samples": 60, "max_eval_samples": 20, "max_steps": 2, "teacher_training": {"max_steps": 2}, "use_cpu": True,
+        "teacher_config": {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16},
+        "student_layers": 1, "allow_weak_teacher": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no",
+    }  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    flags = ["--config", str(tmp_path / "config.yaml")]
+    script = hfdistill.load_recipe(Path(__file__).parents[1] / "scripts/store_teacher.py")
+    stored = script.main(["text_classification", *flags])
+    assert stored.complete and list(stored.columns) == ["logits"] and not list((tmp_path / "run/_arms").glob("distilled*"))
+    monkeypatch.setattr("hfdistill.teachers.store_writing.write_shard", lambda *_: pytest.fail("the teacher was asked again"))
+    recipe = hfdistill.load_recipe(Path(__file__).parents[1] / "recipes/text_classification.py")
+    assert recipe.main(*hfdistill.parse(recipe.ARGUMENTS, flags))["seeds"] == [0, 1]
+    with pytest.raises(ValueError, match="There is no folder to write to. Pass --teacher_store"):
+        script.main(["text_classification", "--output_dir", str(tmp_path)])
 
 
 @pytest.mark.slow

@@ -53,7 +53,7 @@ class PackingCollator:
 
     def __init__(self, collator, max_length: int | None = None, causal: bool | None = None, pad_to_multiple_of: int | None = None):
         if max_length is not None and max_length < 1:
-            raise ValueError(f"max_length must be at least 1, got {max_length}: no token fits into such rows. Leave it out for the longest.")
+            raise ValueError(f"max_length must be at least 1, got {max_length}: no token fits into such rows. Leave it out.")
         self.collator, self.max_length, self.pad_to_multiple_of = collator, max_length, pad_to_multiple_of
         self.causal = isinstance(collator, CausalCollator) if causal is None else causal
         self.training = False
@@ -89,8 +89,8 @@ class PackingCollator:
         wrong = [name for name, value in columns.items() if not isinstance(value, Tensor) or value.shape != shape]
         if wrong or len(shape) != 2:
             raise ValueError(
-                f"The column {(wrong or ['input_ids'])[0]!r} does not have one value for each token {tuple(shape)}, so it could not follow the "
-                "tokens into packed rows. Packing is for losses on tokens: leave it out for models of whole sequences and spans, and "
+                f"The column {(wrong or ['input_ids'])[0]!r} does not have one value for each token {tuple(shape)}, so it could not follow "
+                "the tokens into packed rows. Packing is for losses on tokens: leave it out for models of whole sequences and spans, and "
                 "remove columns that nobody reads."
             )
         mask = batch.get("attention_mask")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from numbers import Real
 
 import torch
@@ -120,8 +119,11 @@ class JSDLoss(DistillationLoss):
         return LossValue(*sum_rows(entries.sum(-1) * temperature**2, mask))
 
     def _entries(self, student_log: Tensor, teacher_log: Tensor) -> Tensor:
-        absent = (student_log == float("-inf")) & (teacher_log == float("-inf"))
-        student_log, teacher_log = (torch.where(absent, 0, log) for log in (student_log, teacher_log))
-        mixture_log = torch.logaddexp(teacher_log + math.log(self.beta), student_log + math.log1p(-self.beta))
-        forward, reverse = relative_entropy(mixture_log, teacher_log), _reverse_relative_entropy(student_log, mixture_log)
-        return torch.where(absent, 0, self.beta * forward + (1 - self.beta) * reverse)
+        no_student, no_teacher = student_log == float("-inf"), teacher_log == float("-inf")
+        ratio = torch.where(no_student & no_teacher, 0, student_log - teacher_log)
+        # log(m / p) from the ratio that is at most 1: exactly 0 for equal models, and without overflow
+        below, above = ratio.clamp(max=0), ratio.clamp(min=0)
+        low, high = torch.log1p((1 - self.beta) * torch.expm1(below)), torch.log1p(self.beta * torch.expm1(-above))
+        of_teacher = torch.where(no_teacher, 0, torch.where(ratio <= 0, low, high + above))
+        of_student = torch.where(no_student, 0, torch.where(ratio <= 0, low - below, high))
+        return -self.beta * teacher_log.exp() * of_teacher - (1 - self.beta) * student_log.exp() * of_student

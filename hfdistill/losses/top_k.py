@@ -35,12 +35,12 @@ def teacher_outcomes(teacher: TopLogits, temperature: float, has_others: bool) -
     The latter is `None` without a tail, and where there are no others.
     """
     values = raise_precision(teacher.values) / temperature
-    top = torch.logsumexp(values, -1, keepdim=True)
+    log = log_softmax(values, dim=-1)
     if not (teacher.tail and has_others):
-        return values - top, None
-    # rounded values may sum to more than all logits did; then the others have nothing, and the k are divided by their own sum
-    total = torch.maximum(raise_precision(teacher.logsumexp).unsqueeze(-1).to(top.dtype), top)
-    return values - total, -torch.expm1(top - total)
+        return log, None
+    # of rounded values the k may have more than all classes had; then the others have nothing
+    mass = (torch.logsumexp(values, -1) - raise_precision(teacher.logsumexp)).unsqueeze(-1).clamp(max=0)
+    return log + mass, -torch.expm1(mass)
 
 
 def top_k_soft_targets(student: Tensor, teacher: TopLogits, mask: Tensor | None = None, temperature: float = 1.0) -> LossValue:
@@ -77,18 +77,17 @@ def top_k_soft_targets(student: Tensor, teacher: TopLogits, mask: Tensor | None 
             teacher = TopLogits(*kept, teacher.temperature, teacher.tail)
         ids = teacher.ids.long()
         logits = select_rows(raise_precision(student), mask) / temperature
-        others = teacher.tail and teacher.ids.size(-1) < student.size(-1)
-        teacher_log, tail = teacher_outcomes(teacher, temperature, others)
+        teacher_log, tail = teacher_outcomes(teacher, temperature, ids.size(-1) < student.size(-1))
         kept = logits.gather(-1, ids)
         if tail is None:
             student_log = log_softmax(kept, dim=-1)
         else:
-            rest = torch.logsumexp(logits.scatter(-1, ids, float("-inf")), -1, keepdim=True)
+            others = logits.scatter(-1, ids, float("-inf"))
+            # where all else is at -inf there is no tail, and the gradient of its logsumexp would be NaN
+            absent = (others == float("-inf")).all(-1, keepdim=True)
+            rest = torch.logsumexp(torch.where(absent, 0, others), -1, keepdim=True).masked_fill(absent, float("-inf"))
             student_log = log_softmax(torch.cat([kept, rest], -1), dim=-1)
-            # nothing is there beside the k where all else is at -inf
-            present = (tail > 0) & (rest > float("-inf"))
-            tail_log = torch.where(present, tail, 1).log()
-            teacher_log = torch.cat([teacher_log, torch.where(present, tail_log, float("-inf"))], -1)
+            teacher_log = torch.cat([teacher_log, tail.masked_fill(absent, 0).log()], -1)
         known = teacher_log > float("-inf")
         difference = torch.where(known, teacher_log, 0) - torch.where(known, student_log, 0)
         rows = (teacher_log.exp() * difference).sum(-1) * temperature**2

@@ -116,9 +116,10 @@ def chunked_vocabulary_losses(
         ValueError: if rows or classes of the models do not belong together, or if a part lacks what its kind needs.
         RuntimeError: on a second backward pass through one result.
     """
-    compared = shared if shared is not None else student.weight.size(0) if teacher_columns is None else teacher_columns.numel()
     _check_student(student)
-    _check_teacher(student, teacher, compared, teacher_columns)
+    own = student.weight.size(0)
+    compared = shared if shared is not None else own if teacher_columns is None else teacher_columns.numel()
+    _check_teacher(student, teacher, compared, teacher_columns, whole=shared is None and teacher_columns is None)
     for part in parts:
         _check_part(part, student, teacher, compared)
     scratch = VocabularyScratch() if scratch is None else scratch
@@ -168,7 +169,7 @@ def _check_student(student: Projection) -> None:
         )
 
 
-def _check_teacher(student: Projection, teacher, compared: int, teacher_columns: Tensor | None) -> None:
+def _check_teacher(student: Projection, teacher, compared: int, teacher_columns: Tensor | None, whole: bool) -> None:
     """Rows and classes of both models; those of `TopLogits` are checked with the part."""
     if isinstance(teacher, TopLogits) and teacher_columns is not None:
         raise ValueError(
@@ -180,7 +181,8 @@ def _check_teacher(student: Projection, teacher, compared: int, teacher_columns:
     rows, own = student.features.size(0), student.weight.size(0)
     teacher_rows, columns = (teacher.features.size(0), teacher.weight.size(0)) if isinstance(teacher, Projection) else teacher.shape
     found = columns if teacher_columns is None else teacher_columns.numel()
-    if teacher_rows != rows or not 1 < compared <= min(own, found) or (teacher_columns is not None and found != compared):
+    belong = found == own if whole else compared <= min(own, found) and (teacher_columns is None or found == compared)
+    if teacher_rows != rows or not belong or compared < 2:
         raise ValueError(
             f"The student has {rows} rows of {own} classes and the teacher {teacher_rows} rows of {columns}, {found} of which correspond "
             f"to the student's, and {compared} classes are compared: rows or classes would be compared with others. Feed both models the "

@@ -20,7 +20,7 @@ from .vocabulary_block import ABSENT, BlockLosses, BlockPart
 
 _LOG2E = math.log2(math.e)
 # by timing on a CPU; elsewhere calls are dearer than passes over memory
-_CPU_BLOCK, _BLOCK = 2**18, 2**24  # entries
+_CPU_BLOCK, _BLOCK = 2**19, 2**24  # entries
 _CPU_CHUNKS, _CHUNKS = 2**28, 2**30  # bytes of the logits of both models
 _MOST_USEFUL_ROWS = 512
 

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 
-# Of a config: where it came from, and how it is run.
-_PASSING = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "output_hidden_states", "output_attentions")
+# Of a config: where it came from, how it is run, and what saving it adds.
+_PASSING = frozenset(
+    "architectures transformers_version _name_or_path dtype torch_dtype use_cache output_hidden_states output_attentions".split()
+)
 # Of a collator: its state, and objects that have a fingerprint of their own.
 _STATE = ("_epoch", "epoch", "_for_training", "tokenizer", "processing_class", "image_processor", "teacher_image_processor", "preparations")
 

@@ -97,7 +97,7 @@ def store_teacher(
         keyed = KeyedCollator(collator, inputs, numbered)
         asker = TeacherAsker(teacher, plan, keyed(first), logits, top_k, temperature, rows_of, dtype)
         manifest = asker.manifest(inputs, len(np.unique(ids)), epochs)
-        manifest.fingerprint = store_fingerprint(teacher, collator, processors, manifest, dtype)
+        manifest.fingerprint = store_fingerprint(teacher, collator, processors, manifest, dtype, changes)
         if process_index == 0:
             _prepare(folder, manifest, asker)
         wait()
@@ -138,16 +138,19 @@ def check_kinds(plan: CapturePlan, logits: str = "auto") -> None:
         )
 
 
-def store_fingerprint(teacher: FrozenTeacher, collator, processors: Sequence[Any], manifest: Manifest, dtype: str) -> dict[str, Any]:
-    """Everything that decides the stored answers, in JSON types."""
-    capture, parameter = teacher.capture, next(teacher.model.parameters(), None)
-    pooled = any(own.signal == "pooled" for own in manifest.signals)
+def store_fingerprint(
+    teacher: FrozenTeacher, collator, processors: Sequence[Any], manifest: Manifest, dtype: str, changes: bool
+) -> dict[str, Any]:
+    """Everything that decides the stored answers, in JSON types; a seed where inputs change with the epoch alone."""
+    capture, dtypes = teacher.capture, {str(p.dtype).removeprefix("torch.") for p in teacher.model.parameters()}
+    pooled = any(column.signal == "pooled" for column in manifest.signals)
+    own = {name: value for name, value in collator_settings(collator).items() if changes or name != "seed"}
     fingerprint = {
         "teacher": {
             "class": type(capture.inner).__name__,
             "weights": weights_hash(teacher.model),
-            "config": config_settings(capture.inner),
-            "dtype": str(getattr(parameter, "dtype", None)).removeprefix("torch."),
+            "config": {name: value for name, value in config_settings(capture.inner).items() if name != "problem_type"},
+            "dtype": ", ".join(sorted(dtypes)),
             "autocast": _autocast_dtype(teacher),
             "token_ids": plain(capture.token_ids),
             "pooling": capture.pooling if pooled else None,
@@ -155,7 +158,7 @@ def store_fingerprint(teacher: FrozenTeacher, collator, processors: Sequence[Any
         "examples": manifest.examples,
         "inputs": manifest.inputs,
         "processors": [processor_settings(processor) for processor in processors],
-        "collator": collator_settings(collator),
+        "collator": own,
         "stored": {
             "signals": sorted(own.column for own in manifest.signals),
             "dtype": dtype,

@@ -33,6 +33,7 @@ from hfdistill.losses import (
     TaskSquaredErrorLoss,
 )
 from hfdistill.losses.decoupled import DecoupledLoss
+from hfdistill.losses.divergences import JSDLoss, ReverseKLLoss
 from hfdistill.losses.logits import HardTargetsLoss, StandardizedSoftTargetsLoss
 from hfdistill.losses.ranking import MarginMSELoss
 from hfdistill.signals import SIGNALS
@@ -94,6 +95,12 @@ CASES = {
     "standardized_soft_targets T=8": (lambda: StandardizedSoftTargetsLoss(8.0), per_sample, SAMPLES),
     "hard_targets": (HardTargetsLoss, per_token, TOKENS),
     "hard_targets samples": (HardTargetsLoss, per_sample, SAMPLES),
+    "reverse_kl": (ReverseKLLoss, per_token, TOKENS),
+    "reverse_kl T=1": (lambda: ReverseKLLoss(1.0), per_sample, SAMPLES),
+    "jsd": (JSDLoss, per_token, TOKENS),
+    "jsd beta=0.2 T=1": (lambda: JSDLoss(0.2, 1.0), per_sample, SAMPLES),
+    "jsd beta=0": (lambda: JSDLoss(0), per_token, TOKENS),
+    "jsd beta=1": (lambda: JSDLoss(1.0), per_token, TOKENS),
     "decoupled": (DecoupledLoss, per_token, TOKENS),
     "decoupled T=1": (lambda: DecoupledLoss(beta=2.0, temperature=1.0), per_sample, SAMPLES),
     "margin_mse": (MarginMSELoss, per_sample, SAMPLES),
@@ -348,13 +355,13 @@ def test_inputs_are_not_changed(case):
     assert all(torch.equal(a, b) for a, b in zip(before, (student, teacher, mask)))
 
 
-@pytest.mark.parametrize("name", ["soft_targets", "binary_soft_targets"])
+@pytest.mark.parametrize("name", ["soft_targets", "binary_soft_targets", "reverse_kl", "jsd"])
 def test_temperature_of_the_step_wins_for_that_step_only(name):
     build, layout, _ = CASES[name]
     student, teacher, mask = draw(layout)
     loss = build()
     at_two = loss(student, teacher, mask).total
-    assert torch.equal(loss(student, teacher, mask, temperature=5.0).total, type(loss)(5.0)(student, teacher, mask).total)
+    assert torch.equal(loss(student, teacher, mask, temperature=5.0).total, type(loss)(temperature=5.0)(student, teacher, mask).total)
     assert torch.equal(loss(student, teacher, mask).total, at_two)
     assert loss.scheduled == ("temperature",)
 

@@ -78,7 +78,8 @@ def test_datasets_reads_the_shards(tmp_path):
 def test_several_shards_and_a_second_run(tmp_path, monkeypatch):
     monkeypatch.setattr(store_writing, "SHARD_ROWS", 6)
     store = write(tmp_path / "a")
-    assert names(tmp_path / "a") == [f"part-0000-00000{i}.arrow" for i in range(4)] and [len(shard) for shard in store.shards] == [6, 6, 6, 2]
+    assert names(tmp_path / "a") == [f"part-0000-00000{i}.arrow" for i in range(4)]
+    assert [len(shard) for shard in store.shards] == [6, 6, 6, 2]
     monkeypatch.setattr(store_writing, "write_shard", lambda *_: pytest.fail("written again"))
     assert_equal(write(tmp_path / "a"), store)
     monkeypatch.undo()
@@ -225,7 +226,7 @@ def test_numbers_that_do_not_fit_are_refused(tmp_path):
     model = bert()
     with torch.no_grad():
         model.classifier.bias.fill_(1e5)
-    with pytest.raises(ValueError, match="The teacher's logits has the value 100000, which is no finite number in float16. Set teacher_store_d"):
+    with pytest.raises(ValueError, match="The teacher's logits has the value 100000, which is no finite number in float16. Set teacher"):
         write(tmp_path, model=model, dtype="float16")
     assert not list(tmp_path.rglob("*.arrow"))
     with torch.no_grad():
@@ -274,7 +275,7 @@ def test_the_head_with_features_gives_the_logits(tmp_path):
 def test_a_head_that_is_no_projection_is_refused(tmp_path):
     model = families.build("gpt2", 1, head="LMHeadModel", vocab_size=len(tokenizer()))
     model.lm_head.register_forward_hook(lambda _m, _a, out: out * 1.5)
-    with pytest.raises(ValueError, match="output embedding of the teacher .GPT2LMHeadModel. do not give its logits.*teacher_store_logits=top_k"):
+    with pytest.raises(ValueError, match="embedding of the teacher .GPT2LMHeadModel. do not give its logits.*teacher_store_logits=top_k"):
         store_teacher(tmp_path, model, corpus_rows(), CausalCollator(tokenizer()))
     with pytest.raises(ValueError, match="teacher_store_logits=hidden is for the vocabulary of a language model"):
         write(tmp_path, logits="hidden")

@@ -68,9 +68,10 @@ def test_left_padding(tmp_path):
 
 @pytest.mark.parametrize("kind", ["tokens", "spans"])
 def test_logits_by_token_and_of_spans(kind, tmp_path):
-    data = with_ids(token_rows() if kind == "tokens" else span_rows())
-    model = families.build("bert", 1, head="TokenClassification" if kind == "tokens" else "QuestionAnswering", num_labels=3 if kind == "tokens" else 2)
-    stored, live = StoredTeacher(store_teacher(tmp_path, model, data, pad_without_number, dtype="float32", progress=False)), FrozenTeacher(model)
+    data, head, labels = (token_rows(), "TokenClassification", 3) if kind == "tokens" else (span_rows(), "QuestionAnswering", 2)
+    data, model = with_ids(data), families.build("bert", 1, head=head, num_labels=labels)
+    stored = StoredTeacher(store_teacher(tmp_path, model, data, pad_without_number, dtype="float32", progress=False))
+    live = FrozenTeacher(model)
     batch = batch_of(data, PLACES)
     got, expected, real = stored(batch, CapturePlan()), live(batch, CapturePlan()), batch["attention_mask"].bool()
     real = real[:, :, None] if kind == "tokens" else real[:, None]
