@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -87,7 +88,7 @@ class TeacherSetup:
         coarser = quantizes or dtype in HALF and self.own not in (*HALF, None)
         compares = coarser and self.batch is not None and self.accelerator.is_main_process
         example = self._few() if compares else None
-        precise = self.ask(example) if compares else None
+        precise = self._answers(example) if compares else None
         if dtype is not None:
             cast_weights(model, dtype)
         if quantizes:
@@ -96,7 +97,7 @@ class TeacherSetup:
         if compares:
             now = " and ".join([*([_name(dtype)] if dtype in HALF else []), *(["int8"] if quantizes else [])])
             spans = self.objective.task == "question_answering"
-            drift = measure_drift(precise, self.ask(example), self._terms(), spans)
+            drift = measure_drift(precise, self._answers(example), self._terms(), spans)
             finite = drift.finite
             if finite:
                 rows = next(value.size(0) for value in example.values() if isinstance(value, Tensor))
@@ -133,6 +134,11 @@ class TeacherSetup:
             return False, f"it does not run in {_name(half)} ({str(error).splitlines()[0]})"
         slow, fast = times if other == half else times[::-1]
         return slow >= GAIN * fast, f"a forward pass takes {fast:.3g} s in {_name(half)}, {slow:.3g} s in float32"
+
+    def _answers(self, example: Mapping) -> Signals:
+        """The teacher's signals as it is now: a projection would change with the weight in it."""
+        signals = self.ask(example)
+        return signals if signals.projection is None else replace(signals, logits=signals.projection.logits(), projection=None)
 
     def _few(self) -> dict:
         if self.objective.task not in ("masked_lm", "causal_lm"):

@@ -110,8 +110,7 @@ def measure_times(workload: Workload, candidates: Mapping[str, Candidate], setti
             steps[name] = own
         except Exception as error:  # one of many: an hour of measurements must not be lost with it
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-        gc.collect()
-    del check
+    del check  # with the gradients it compares with
     gc.collect()
     return {"times": interleave(steps, rounds, setting.device), "checks": checks, "failed": failed}
 

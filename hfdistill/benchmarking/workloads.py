@@ -330,7 +330,7 @@ WORKLOADS: dict[str, tuple[Callable[..., Workload], dict[str, dict[str, int]]]] 
         _resnet,
         {
             "full": dict(batch=32, side=64, classes=100, teacher_width=64, student_width=32, depth=2),
-            "tiny": dict(batch=4, side=64, classes=3, teacher_width=16, student_width=8, depth=1),
+            "tiny": dict(batch=2, side=48, classes=3, teacher_width=16, student_width=8, depth=1),
         },
     ),
     "W5": (

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -218,7 +219,14 @@ def write_shard(path: Path, signals: Sequence[StoredSignal], rows: Sequence[Stor
 
 
 class Shard:
-    """A memory-mapped shard: its keys, and any row of any column as a view of the file.
+    """A shard that can be read row by row. In memory are the hashes, checksums and offsets of its rows.
+
+    It is mapped while it is opened and not afterwards: pages of a mapping count as resident once they are read, and Linux maps large
+    pieces around them, so the memory of a process would grow with the table. Rows are read at their place in the file.
+
+    Args:
+        path: of the file.
+        signals: its columns.
 
     Raises:
         ValueError: for a file that was cut off, or has other columns than the manifest says.
@@ -226,13 +234,14 @@ class Shard:
 
     def __init__(self, path: Path, signals: Sequence[StoredSignal]):
         self.path, self.signals = path, list(signals)
+        self._file: io.FileIO | None = None
         try:
             with open(path, "rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            batch = pa.ipc.open_stream(pa.py_buffer(self._map)).read_next_batch()
-            found = {name: batch.column(name) for name in [*KEY_COLUMNS, *(own.column for own in self.signals)]}
-            keys = {name: found[name].to_numpy(zero_copy_only=True) for name in KEY_COLUMNS}
-            self._columns = {own.column: _flat(found[own.column], own) for own in self.signals}
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            start = _address(np.frombuffer(mapped, np.uint8))
+            batch = pa.ipc.open_stream(pa.py_buffer(mapped)).read_next_batch()
+            keys = {name: batch.column(name).to_numpy(zero_copy_only=True).copy() for name in KEY_COLUMNS}
+            self._columns = {own.column: _place(batch.column(own.column), own, start) for own in self.signals}
         except (OSError, ValueError, KeyError, StopIteration, pa.ArrowException) as error:  # of an empty file too
             raise ValueError(
                 f"{path} is damaged ({str(error).splitlines()[0] if str(error) else type(error).__name__}). Delete this file: the next "
@@ -242,42 +251,59 @@ class Shard:
         self._checked = np.zeros(len(self.ids), dtype=bool)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.hashes)
 
     def row(self, column: str, index: int) -> np.ndarray:
-        """The numbers of a row, flat; a view of the file."""
-        values, offsets, size = self._columns[column]
-        start, end = (index * size, (index + 1) * size) if offsets is None else offsets[index : index + 2]
-        return values[start:end]
+        """The numbers of a row, flat, read from the file."""
+        place, dtype, offsets, size = self._columns[column]
+        first, last = (index * size, (index + 1) * size) if offsets is None else (int(offsets[index]), int(offsets[index + 1]))
+        if self._file is None:
+            self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115: closed by `close`
+        numbers = np.empty(last - first, dtype)
+        self._file.seek(place + first * dtype.itemsize)
+        if self._file.readinto(numbers.view(np.uint8)) != numbers.nbytes:
+            raise ValueError(
+                f"{self.path} was cut off while it was in use. Delete this file: the next run with the teacher writes it again."
+            )
+        return numbers
 
-    def check(self, index: int) -> int:
-        """Compares a row with its checksum, the first time it is read; returns the bytes that were read for it.
+    def read(self, index: int, columns: Iterable[str], key: tuple[int, int]) -> dict[str, np.ndarray]:
+        """Some columns of a row, which is compared with its checksum the first time.
+
+        Args:
+            key: its example and epoch.
 
         Raises:
             ValueError: when the file has been damaged.
         """
-        rows = [self.row(own.column, index) for own in self.signals]
-        if not self._checked[index]:
-            key = int(self.ids[index]), int(self.epochs[index]), int(self.hashes[index])
-            if _checksum(*key, rows) != self._checksums[index]:
-                raise ValueError(
-                    f"{self.path} is damaged: the answer to example_id {key[0]} is not what was written. Delete this file: the next run "
-                    "with the teacher writes its answers again."
-                )
-            self._checked[index] = True
-        return sum(row.nbytes for row in rows)
+        if self._checked[index]:
+            return {column: self.row(column, index) for column in columns}
+        row = {own.column: self.row(own.column, index) for own in self.signals}
+        if _checksum(*key, int(self.hashes[index]), list(row.values())) != self._checksums[index]:
+            raise ValueError(
+                f"{self.path} is damaged: the answer to example_id {key[0]} is not what was written. Delete this file: the next run "
+                "with the teacher writes its answers again."
+            )
+        self._checked[index] = True
+        return row
 
-    def release(self) -> None:
-        """Gives the pages that were read back to the system; they are read again from its cache."""
-        if hasattr(self._map, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
+    def close(self) -> None:
+        """Closes the file; the next read opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
-def _flat(array: pa.Array, signal: StoredSignal) -> tuple[np.ndarray, np.ndarray | None, int]:
-    """Values, offsets of the rows (`None` for rows of one size) and that size."""
+def _address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]
+
+
+def _place(array: pa.Array, signal: StoredSignal, start: int) -> tuple[int, np.dtype, np.ndarray | None, int]:
+    """Where the numbers of a column begin in the file, their type, the offsets of the rows (`None` for one size) and that size."""
     values = array.values.to_numpy(zero_copy_only=True)
-    if signal.layout == "example":
-        if array.type.list_size != signal.size:
-            raise ValueError(f"{signal.column} has {array.type.list_size} numbers a row, not {signal.size}")
-        return values, None, signal.size
-    return values, array.offsets.to_numpy(zero_copy_only=True), signal.size
+    place = _address(values) - start if len(values) else 0
+    if signal.layout != "example":
+        return place, values.dtype, array.offsets.to_numpy(zero_copy_only=True).copy(), signal.size
+    if array.type.list_size != signal.size:
+        raise ValueError(f"{signal.column} has {array.type.list_size} numbers a row, not {signal.size}")
+    return place, values.dtype, None, signal.size

@@ -17,7 +17,7 @@ from .store_format import MANIFEST, SHARDS, Manifest, Shard, StoredSignal, read_
 from .store_hub import download_store, upload_store
 
 
-RELEASE_AFTER = 64 * 2**20
+OPEN_FILES = 128
 _HUB = "hf://datasets/"
 
 
@@ -26,9 +26,9 @@ class TeacherStore:
 
     The folder holds `manifest.json` (what is stored, and the fingerprint of everything that decides it), shards `data/*.arrow`, which
     `datasets` can read too (`load_dataset("arrow", data_files="folder/data/*.arrow")`), and with logits stored as hidden states the
-    teacher's head. A shard is there whole or not at all, so a run that was killed goes on where it was. Shards are memory-mapped,
-    each row is compared with its checksum when it is first read, and pages that have been read are given back: resident memory does
-    not grow with the table, but for the index of 16 bytes for each answer.
+    teacher's head. A shard is there whole or not at all, so a run that was killed goes on where it was. Rows are read where they lie, and
+    compared with their checksum the first time: resident memory does not grow with the table, but for an index of about 50 bytes for each
+    answer.
 
     Args:
         folder (`str` or `os.PathLike`): as [`store_teacher`] or a run with `teacher_store` has written it, or a data set on the Hub
@@ -49,7 +49,7 @@ class TeacherStore:
         self.shards = [Shard(path, self.manifest.signals) for path in sorted((self.folder / SHARDS).glob("*.arrow"))]
         self._first = np.cumsum([0, *(len(shard) for shard in self.shards)])
         self._index = _index(self.shards)
-        self._unreleased = 0
+        self._open: dict[int, Shard] = {}  # the last one used last
         self._head: dict[str, Tensor] | None = None
 
     def __len__(self) -> int:
@@ -98,8 +98,13 @@ class TeacherStore:
                 "this folder to store the teacher again, or go back to the settings it was stored with."
             )
 
-    def find(self, ids: np.ndarray, epoch: int, hashes: np.ndarray | None = None) -> list[tuple[Shard, int]]:
-        """Shard and row of each example.
+    def read(
+        self, ids: np.ndarray, epoch: int, hashes: np.ndarray | None = None, columns: Sequence[str] | None = None
+    ) -> list[dict[str, np.ndarray]]:
+        """The stored numbers of each example, by column (all by default), flat and without padding.
+
+        Args:
+            ids, hashes: int64 `(examples,)`; hashes of what the teacher would be asked now, if they are to be compared.
 
         Raises:
             ValueError: for answers that are missing, or were given to other inputs than those with these hashes.
@@ -114,9 +119,10 @@ class TeacherStore:
             )
         known, places = self._index[epoch]
         rows = places[np.searchsorted(known, ids)]
-        shards = np.searchsorted(self._first, rows, side="right") - 1
-        found = [(self.shards[shard], int(row - self._first[shard])) for shard, row in zip(shards, rows)]
-        for i, (shard, row) in enumerate(found):
+        numbers = np.searchsorted(self._first, rows, side="right") - 1
+        answers = []
+        for i, (number, row) in enumerate(zip(numbers.tolist(), (rows - self._first[numbers]).tolist())):
+            shard = self._shard(number)
             if hashes is not None and shard.hashes[row] != hashes[i]:
                 raise ValueError(
                     f"The teacher's stored answer to example_id {int(ids[i])} (epoch {epoch}) in {str(self.folder)!r} was given to other "
@@ -124,15 +130,15 @@ class TeacherStore:
                     "it), the tokenizer, the length, the masks or the augmentation have changed. Go back to those it was stored with, or "
                     "choose another teacher_store."
                 )
-            self._unreleased += shard.check(row)
-        return found
+            answers.append(shard.read(row, self.columns if columns is None else columns, (int(ids[i]), epoch)))
+        return answers
 
-    def release(self, after: int = RELEASE_AFTER) -> None:
-        """Gives read pages back to the system once more than `after` bytes have been read."""
-        if self._unreleased > after:
-            for shard in self.shards:
-                shard.release()
-            self._unreleased = 0
+    def _shard(self, number: int) -> Shard:
+        """A shard, whose file stays open until many others have been used."""
+        self._open[number] = self._open.pop(number, self.shards[number])
+        if len(self._open) > OPEN_FILES:
+            self._open.pop(next(iter(self._open))).close()
+        return self.shards[number]
 
     @property
     def head(self) -> dict[str, Tensor]:
@@ -151,10 +157,9 @@ class TeacherStore:
         values, sums = self.columns["top_values"], self.columns["top_logsumexp"]
         lost = []
         for shard, row in places[:: max(1, len(places) // examples)]:
-            top = values.unpack(shard.row(values.column, row).copy()).float().view(-1, values.size) / self.manifest.temperature
-            lost.append(1 - (top.logsumexp(1) - torch.from_numpy(shard.row(sums.column, row).copy())).exp())
-            self._unreleased += top.nbytes
-            self.release()
+            top = values.unpack(shard.row(values.column, row)).float().view(-1, values.size) / self.manifest.temperature
+            lost.append(1 - (top.logsumexp(1) - torch.from_numpy(shard.row(sums.column, row))).exp())
+            shard.close()
         seen = torch.cat(lost).clamp(min=0)
         return float(seen.mean()), float(seen.quantile(0.99)) if len(seen) < 10**6 else float(seen.sort().values[int(0.99 * len(seen))])
 

@@ -163,22 +163,24 @@ class StoredTeacher:
                 return self.live(batch, plan, rows=rows, project=project)
             keys = self._keys(batch)
         self.capture.check(plan)
-        found = self.store.find(keys.ids, keys.epoch, keys.hashes)
+        by_rows = plan.logits and "logits" not in self.store.columns
+        columns = [own.column for own in self.capture.wanted(plan, self.store.columns)]
+        columns += [own.column for own in self.store.columns.values() if by_rows and own.layout == "rows"]
+        found = self.store.read(keys.ids, keys.epoch, keys.hashes, columns)
         device = next(value.device for value in batch.values() if isinstance(value, Tensor))
         mask = batch.get("attention_mask")
         signals = Signals(target_mask=marked_targets(batch))
         if isinstance(mask, Tensor) and mask.dim() == 2:
             signals.attention_mask = mask.bool()
 
-        def answer(own: StoredSignal) -> Tensor:
-            return own.unpack(_whole(own, [shard.row(own.column, row) for shard, row in found], keys)).to(device, non_blocking=True)
+        def whole(own: StoredSignal) -> Tensor:
+            return own.unpack(_whole(own, [answer[own.column] for answer in found], keys)).to(device, non_blocking=True)
 
-        self.capture.fill(signals, plan, answer)
-        if plan.logits and signals.logits is None:
+        self.capture.fill(signals, plan, whole)
+        if by_rows:
             self._answer_rows(signals, found, keys, rows, (len(keys.ids), keys.length), device)
         elif plan.logits and rows is not None:
             signals.rows, signals.logits = rows, signals.logits.flatten(0, 1)[rows]
-        self.store.release()
         return signals
 
     def _keys(self, batch: Mapping) -> BatchKeys:
@@ -195,8 +197,8 @@ class StoredTeacher:
         """Logits of a vocabulary, which are stored at the positions that carry a loss."""
         manifest, columns = self.store.manifest, self.store.columns
         slots, count = np.full(shape, -1, dtype=np.int64), 0
-        for i, (shard, row) in enumerate(found):
-            positions = shard.row("positions", row)
+        for i, answer in enumerate(found):
+            positions = answer["positions"]
             slots[i, positions if keys.mask is None else np.flatnonzero(keys.mask[i])[positions]] = np.arange(count, count + len(positions))
             count += len(positions)
         if rows is None and manifest.logits != "hidden":
@@ -213,9 +215,8 @@ class StoredTeacher:
                 "other labels or kd_positions. Go back to those, or choose another teacher_store."
             )
 
-        def answer(name: str) -> Tensor:
-            own = columns[name]
-            views = [shard.row(name, row) for shard, row in found]
+        def stored(name: str) -> Tensor:
+            own, views = columns[name], [answer[name] for answer in found]
             if device.type != "cpu":  # to look for missing ones would wait for the device: they become NaN, which no one overlooks
                 views.append(own.pack_missing())
             return own.unpack(np.concatenate(views)).view(-1, *own.shape).to(device, non_blocking=True)[index]
@@ -224,7 +225,7 @@ class StoredTeacher:
         if manifest.logits == "hidden":
             head = {name: tensor.to(device) for name, tensor in self.store.head.items()}
             self.store.head.update(head)  # stays where it is used
-            features = answer("row_features").to(head["weight"].dtype)
+            features = stored("row_features").to(head["weight"].dtype)
             signals.projection = Projection(features, head["weight"], head.get("bias"), **manifest.head)
             if rows is None:
                 made = signals.projection.logits()
@@ -232,9 +233,9 @@ class StoredTeacher:
                 signals.rows = signals.projection = None
         else:
             signals.top_logits = TopLogits(
-                answer("top_values").float(),
-                answer("top_ids").long(),
-                answer("top_logsumexp"),
+                stored("top_values").float(),
+                stored("top_ids").long(),
+                stored("top_logsumexp"),
                 manifest.temperature,
                 tail=manifest.logits == "top_k",
             )

@@ -94,7 +94,8 @@ def test_a_profile_lists_operations():
 
 
 def test_a_stored_table_is_written_and_read(tmp_path):
-    job = {"threads": torch.get_num_threads(), "device": "cpu", "bf16": False, "folder": str(tmp_path / "table"), "examples": 64, "batches": 2}
+    job = {"threads": torch.get_num_threads(), "device": "cpu", "bf16": False}
+    job |= {"folder": str(tmp_path / "table"), "examples": 64, "batches": 2}
     jobs.run_job({"kind": "write_table", **job})
     found = jobs.run_job({"kind": "read_table", **job})
     assert found["table_mb"] > 64 * 4096 * 2 / 1e6 and found["resident_mb"] > 0 and found["examples"] == 64

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from canned import results
+from example_benchmark import results
 
 from hfdistill import run_benchmark
 from hfdistill.benchmarking import peers, run
@@ -80,7 +80,8 @@ def test_a_run_writes_results_table_and_picture(children, tmp_path, capsys):
     assert not list(tmp_path.glob("table_*"))
 
 
-def test_a_part_measured_anew_keeps_the_rest(children, tmp_path):
+def test_a_part_measured_anew_keeps_the_rest(children, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "plot_benchmark", lambda results, path: None)
     run_benchmark(["W1", "W3"], size="tiny", parts=["times", "memory"], folder=tmp_path, device="cpu", threads=1)
     found = run_benchmark(["W3"], size="tiny", parts=["times"], folder=tmp_path, device="cpu", threads=1)
     assert found["workloads"]["W1"]["memory_mb"] and found["workloads"]["W1"]["allocators"].keys() == {"default", "kept"}
@@ -90,6 +91,7 @@ def test_a_part_measured_anew_keeps_the_rest(children, tmp_path):
 
 def test_a_failed_process_is_written_down(children, tmp_path, monkeypatch):
     answer = run.in_a_process
+    monkeypatch.setattr(run, "plot_benchmark", lambda results, path: None)
     monkeypatch.setattr(run, "in_a_process", lambda job: {"error": "exit code 9: out of memory"} if job["kind"] == "times" else answer(job))
     found = run_benchmark(["W3"], size="tiny", parts=["times"], folder=tmp_path, device="cpu")
     assert found["workloads"]["W3"]["allocators"]["kept"] == {"error": "exit code 9: out of memory"}

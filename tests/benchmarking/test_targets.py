@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from canned import results
+from example_benchmark import results
 
 from hfdistill.benchmarking.machine import count_work, floor
 from hfdistill.benchmarking.tables import TITLES
@@ -60,7 +60,7 @@ def test_names_in_targets_are_candidates():
 
 def test_floor_of_bert_base_is_that_of_half_the_layers():
     """12 layers teach 6: online costs 1 + 12 / (3 * 6) of plain training; a tiny head and embeddings do not matter."""
-    work = count_work(build_workload("bert_base", "full", batch=1, length=32))
+    work = count_work(build_workload("bert_base", "full", batch=1, length=16, width=192, heads=3, vocabulary=64))
     assert floor(work) == pytest.approx(1 + 12 / 18, abs=0.01)
     assert floor(work, teacher_speed=3.2) == pytest.approx(1 + 12 / 18 / 3.2, abs=0.01)
     assert floor(work, stored=True) == pytest.approx(1.0)

@@ -258,13 +258,13 @@ def test_autocast_runs_the_products_in_its_dtype_and_nothing_else():
 
 
 def test_weight_gradients_are_summed_in_float32():
-    """1000 chunks of one row, each below half a unit in the last place of their sum in bf16."""
-    rows = 1000
+    """400 chunks of one row, each below half a unit in the last place of their sum in bf16."""
+    rows = 400
     features = torch.ones(rows, 1, dtype=torch.bfloat16)
     student = Projection(features, torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True))
     combined, _ = chunked_vocabulary_losses(student, None, [VocabularyPart("task", 1.0, labels=torch.zeros(rows).long())], chunk_rows=1)
     combined.backward()
-    assert student.weight.grad.flatten().tolist() == [-500.0, 500.0]
+    assert student.weight.grad.flatten().tolist() == [-200.0, 200.0]
 
 
 # ------------------------------------------------------------------------------------------------------------ masks and odd inputs
@@ -306,9 +306,7 @@ def test_non_finite_features_are_not_hidden(name, bad):
 def test_classes_that_are_there_in_neither_model(name):
     pad = torch.arange(CLASSES) % 7 == 3
     parts = [
-        part
-        if part.kind != "task"
-        else VocabularyPart("task", part.scale, labels=torch.where(pad[labels.clamp(min=0)], -100, labels))
+        part if part.kind != "task" else VocabularyPart("task", part.scale, labels=torch.where(pad[labels.clamp(min=0)], -100, labels))
         for part in PARTS[name]
     ]
     for dtype in TOLERANCE:
@@ -459,6 +457,14 @@ def test_a_second_backward_pass_says_why_not():
         combined.backward()
 
 
+def test_there_is_no_derivative_of_the_gradient():
+    student, teacher = models()
+    combined, _ = chunked_vocabulary_losses(student, teacher, PARTS["task"])
+    (gradient,) = torch.autograd.grad(combined**2, student.features, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_the_logits_never_exist_together(monkeypatch):
     seen = []
     start = ProjectedLogits.start
@@ -544,6 +550,4 @@ def test_models_that_do_not_belong_together():
         with pytest.raises(ValueError, match="The student has 23 rows of 41 classes and the teacher.*give `shared`"):
             chunked_vocabulary_losses(student, other, parts, shared=shared, teacher_columns=columns)
     with pytest.raises(ValueError, match="teacher_columns .41 of them. were given with TopLogits"):
-        chunked_vocabulary_losses(
-            student, top(teacher.logits(), 3, 1.0), [VocabularyPart("top_k", 1.0)], teacher_columns=torch.arange(41)
-        )
+        chunked_vocabulary_losses(student, top(teacher.logits(), 3, 1.0), [VocabularyPart("top_k", 1.0)], teacher_columns=torch.arange(41))

@@ -197,9 +197,9 @@ def test_truncated_and_altered_shards_are_named(tmp_path):
     place = whole.index(value)
     replace_file(path, whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
     damaged = TeacherStore(tmp_path)
-    damaged.find(np.array([-30]), 0)
+    damaged.read(np.array([-30]), 0)
     with pytest.raises(ValueError, match=r"part-0000-000000\.arrow is damaged: the answer to example_id 47 is not what was written"):
-        damaged.find(np.array([-30, 47]), 0)
+        damaged.read(np.array([-30, 47]), 0)
     path.unlink()
     assert_equal(write(tmp_path), write(tmp_path.with_name("again")))
 
@@ -267,8 +267,8 @@ def test_the_head_with_features_gives_the_logits(tmp_path):
     row = corpus_rows()[3]
     with torch.no_grad():
         expected = model(torch.tensor([row["input_ids"]])).logits[0]
-    ((shard, place),) = store.find(np.array([row["example_id"]]), 0)
-    features = torch.from_numpy(shard.row("row_features", place).copy()).view(-1, 32)
+    (answer,) = store.read(np.array([row["example_id"]]), 0)
+    features = torch.from_numpy(answer["row_features"]).view(-1, 32)
     torch.testing.assert_close(features @ store.head["weight"].T, expected, rtol=1e-4, atol=1e-5)
 
 

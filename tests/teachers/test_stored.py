@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import families
 import numpy as np
@@ -13,7 +14,7 @@ from stored_runs import bert, collate, corpus_rows, images, numbered_rows, pad_w
 
 from hfdistill import CausalCollator, FrozenTeacher, MaskingCollator, StoredTeacher, TeacherStore, store_teacher
 from hfdistill.capture import CapturePlan
-from hfdistill.teachers import store_hub
+from hfdistill.teachers import store_hub, store_table, store_writing
 from hfdistill.teachers.store_keys import KeyedCollator
 
 
@@ -204,18 +205,19 @@ def test_what_a_capture_is_asked(tmp_path):
         capture.find_stages(example)
 
 
-def test_pages_are_given_back(tmp_path, monkeypatch):
-    store = write(tmp_path)
-    released = []
-    monkeypatch.setattr(type(store.shards[0]), "release", lambda self: released.append(self))
-    for _ in range(3):
-        store.find(np.array([-30, 47]), 0)
-        store.release(after=20)  # two rows of three numbers are 24 bytes
-    assert len(released) == 3 * len(store.shards)
-    monkeypatch.undo()
-    before = store.shards[0].row("logits", 3).copy()
-    store.shards[0].release()
-    assert np.array_equal(store.shards[0].row("logits", 3), before)
+def test_few_files_are_open_and_nothing_stays_mapped(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_writing, "SHARD_ROWS", 2)
+    monkeypatch.setattr(store_table, "OPEN_FILES", 3)
+    store, data = write(tmp_path), numbered_rows()
+    order = [int(i) for i in torch.randperm(20)]
+    answers = store.read(np.array([data[i]["example_id"] for i in order]), 0)
+    single = TeacherStore(tmp_path)
+    for i, answer in zip(order, answers):
+        np.testing.assert_array_equal(answer["logits"], single.read(np.array([data[i]["example_id"]]), 0)[0]["logits"])
+    for opened in (store, single):
+        assert sum(shard._file is not None for shard in opened.shards) == 3
+    maps = Path("/proc/self/maps")
+    assert not maps.is_file() or "part-0000" not in maps.read_text()
 
 
 class FakeHub:
