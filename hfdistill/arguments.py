@@ -121,14 +121,23 @@ class DistillationTrainingArguments(TrainingArguments):
     teacher_batch_size: int | None = _knob(None, "Rows per teacher forward pass. Default: the whole batch.")
     teacher_dtype: str | None = _knob(
         None,
-        "What the teacher's weights are cast to: float32, bfloat16, float16, or auto: bfloat16 where a measurement at the start finds "
-        "it faster on this machine, with its drift printed. Default: their own.",
+        "What the teacher's weights are cast to: float32, bfloat16, float16, or auto: bfloat16 where it makes the forward pass at least "
+        "a tenth faster, measured at the start on a batch of the run, else float32. What half precision changes in logits and in the "
+        "soft targets term is printed. Default: their own.",
         choices=["auto", "float32", "bfloat16", "float16"],
     )
     teacher_quantization: str | None = _knob(
-        None, "int8 stores the teacher's linear layers as int8 weights (needs torchao). Default: none.", choices=["int8"]
+        None,
+        "int8 stores the teacher's linear layers, but a vocabulary, as int8 weights (needs torchao), which are a quarter of the memory of "
+        "float32; what it changes is printed. It saves memory, not time: without torch.compile a forward pass on an AVX2 CPU takes twice "
+        "as long. Default: none.",
+        choices=["int8"],
     )
-    teacher_compile: bool = _knob(False, "Run the teacher through torch.compile: slow to start, worth it for long runs.")
+    teacher_compile: bool = _knob(
+        False,
+        "Run the teacher through torch.compile: a minute or more to start, worth it for long runs. Its forward pass then always runs to "
+        "its end (no teacher_trimming). For the student there is torch_compile.",
+    )
     teacher_device: str | None = _knob(None, "Device of the teacher. Default: that of the student.")
     teacher_trimming: bool = _knob(
         True, "Stop the teacher's forward pass where the last signal that a term needs has been seen: no blocks above it, no head."
@@ -160,11 +169,16 @@ class DistillationTrainingArguments(TrainingArguments):
         choices=["auto", "full", "rows", "chunked"],
     )
     vocabulary_chunk_rows: int | None = _knob(None, "Rows of logits that exist at a time with vocabulary_head=chunked. Default: by size.")
-    channels_last: bool = _knob(False, "Keep images and convolutions of student and teacher in channels-last memory format.")
+    channels_last: bool = _knob(
+        False,
+        "Keep images and 2-d convolutions of student and teacher in channels-last memory format; saved weights are plain. No effect on "
+        "models of text.",
+    )
     keep_memory_pages: bool = _knob(
         False,
-        "On CPU with glibc: freed memory is kept for the next step in place of being given back to the system (mallopt), at the cost of "
-        "a larger resident size. Of use where large tensors are made anew in every step.",
+        "On CPU with glibc: while training, freed memory is kept for the next step in place of being given back to the system (mallopt). "
+        "Of use where large tensors are made anew in every step, as all logits of a vocabulary are, which then takes half the time and "
+        "half as much memory again.",
     )
     log_step_profile: bool = _knob(
         True, "Log milliseconds of data, student, teacher, loss, backward and optimizer, the throughput and the peak memory."

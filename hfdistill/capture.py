@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .attention_taps import InterfaceTap, SoftmaxTap, allowed_pairs, attach_tap
 from .capture_plan import TEACHER_PREFIX, CapturePlan
-from .counting import LABEL_COLUMNS, marked_targets
+from .counting import LABEL_COLUMNS, SEQUENCE_IDS, marked_targets, real_tokens
 from .early_stop import AllSeen, Arrivals, same_signals
 from .model_outputs import NoLogitsError, logits_of, move_to
 from .models.anatomy import find_blocks, unwrap_peft
 from .models.stages import Stages
+from .packed import PackedInputs
 from .pooling import pool_tokens
 from .signals import ATTENTION_SIGNALS, BLOCK_SIGNALS, Signals
 from .stage_taps import StageTap
@@ -115,7 +117,12 @@ class Capture:
         inputs = {key: value for key, value in batch.items() if key in self.columns and key not in LABEL_COLUMNS}
         if self.role == "teacher":
             inputs |= {key: batch[TEACHER_PREFIX + key] for key in self.columns if TEACHER_PREFIX + key in batch}
-        return inputs
+        return inputs | {SEQUENCE_IDS: batch[SEQUENCE_IDS]} if SEQUENCE_IDS in batch else inputs
+
+    @cached_property
+    def packed(self) -> PackedInputs:
+        """What the model takes beside packed rows."""
+        return PackedInputs(self.inner, self.is_causal)
 
     def __call__(
         self,
@@ -139,6 +146,8 @@ class Capture:
                 has not been asked, or found it to be wrong.
         """
         inputs = self.select_inputs(batch)
+        if SEQUENCE_IDS in inputs:
+            inputs |= self.packed(inputs.pop(SEQUENCE_IDS))
         if self.token_ids is not None and "input_ids" in inputs:
             self.token_ids = self.token_ids.to(inputs["input_ids"].device)
             inputs["input_ids"] = self.token_ids[inputs["input_ids"]]
@@ -265,9 +274,7 @@ class Capture:
         signals = Signals(logits=logits_of(output, self.name) if plan.logits else None)
         if plan.logits and isinstance(output, Mapping) and output.get("distillation_logits") is not None:
             signals.cls_logits, signals.distillation_logits = output["cls_logits"], output["distillation_logits"]
-        mask = batch.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            signals.attention_mask = mask.bool()
+        signals.attention_mask = real_tokens(batch)
         signals.target_mask = marked_targets(batch)
         if self.is_pretrained and (plan.hidden_states or plan.embeddings) and output is not None:
             states = output["hidden_states"]

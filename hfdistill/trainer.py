@@ -21,11 +21,13 @@ from .binding import build_objective
 from .capture import Capture
 from .capture_plan import TEACHER_PREFIX, CapturePlan
 from .counting import EXAMPLE_ID, SOFT_LABELS, TARGET_MASK, Denominators, count_units, labels_of
+from .data.packing import PackingCollator
 from .model_outputs import example_batch
 from .models.anatomy import unwrap_peft
 from .models.parts import freeze_parts, names_of_part
 from .models.peft_student import wrap_student
 from .objective import Objective, Pairs, Part
+from .packing_check import check_packing
 from .part_log import EvaluationParts, TrainingParts
 from .preparation import (
     align,
@@ -229,6 +231,8 @@ class DistillationTrainer(
             for tensor in [*self.objective.parameters(), *self.objective.buffers()]:  # a user's adapter may start differently on each rank
                 tensor.data.copy_(broadcast(tensor.data))
         align(self.objective, self.student, teacher, args, self.processing_class, self.teacher_processing_class)
+        if isinstance(self.data_collator, PackingCollator):
+            check_packing(self.data_collator, self.objective, self.student, self.teacher, self._collate(4))
         self._choose_shortcuts(teacher, example_batch(self.model) if example is None else example)
         self._window: Window | None = None
         self._check_counts = True

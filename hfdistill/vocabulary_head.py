@@ -9,6 +9,7 @@ embedding.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ class VocabularyHead:
             shape: batch and length of that example.
             logits: `(batch, length, vocabulary)`, what the model gives without any hook.
         """
-        self.place, self.projects = None, False
+        self.place, self.scale, self.softcap, self.projects = None, 1.0, None, False
         if not isinstance(self.embedding, nn.Module) or tuple(logits.shape[:2]) != shape:
             return
         rows = torch.arange(0, shape[0] * shape[1], 2, device=logits.device)
@@ -74,10 +75,9 @@ class VocabularyHead:
             _, projection = self.run(run, shape, rows, project=False)
         except (ValueError, RuntimeError, IndexError, KeyError):  # KeyError: its weight is used, but it is never called
             return
-        for self.scale, self.softcap in _ways_to_the_logits(self.model):
-            projection.scale, projection.softcap = self.scale, self.softcap
-            self.projects = _equal(projection.logits(), expected)
-            if self.projects:
+        for scale, softcap in _ways_to_the_logits(self.model):
+            if _equal(replace(projection, scale=scale, softcap=softcap).logits(), expected):
+                self.scale, self.softcap, self.projects = scale, softcap, True
                 return
 
     def run(self, run: Callable[[], Tensor], shape: tuple[int, int], rows: Tensor, project: bool) -> tuple[Tensor, Projection | None]:

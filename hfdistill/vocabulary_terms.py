@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .bound_term import BoundTerm
 from .capture import Capture
-from .counting import marked_targets
+from .counting import marked_targets, real_tokens
 from .losses.base import LossValue
 from .losses.divergences import JSDLoss, ReverseKLLoss
 from .losses.logits import SoftTargetsLoss
@@ -75,8 +75,7 @@ def compared_positions(
 def loss_rows(batch: Mapping, labels: Tensor | None, terms: Sequence[BoundTerm], task: str, positions: str) -> Tensor:
     """Integer `(rows,)`: positions of the flattened `(batch * length)` that carry a logit loss in this batch."""
     ids = batch["input_ids"]
-    tokens = batch.get("attention_mask")
-    tokens = tokens.bool() if isinstance(tokens, Tensor) and tokens.dim() == 2 else None
+    tokens = real_tokens(batch)
     wanted = torch.zeros(tuple(ids.shape), dtype=torch.bool, device=ids.device)
     for term in terms:
         if term.signal != "logits":
@@ -152,10 +151,10 @@ def choose_head(
         return "chunked"
     if asked == "chunked":
         raise ValueError(
-            f"vocabulary_head='chunked' is not possible with the {student.name}: {reason}. Use vocabulary_head='rows', or terms among task, "
-            "soft_targets, reverse_kl and jsd."
+            f"vocabulary_head='chunked' is not possible with the {student.name}: {reason}. Use vocabulary_head='rows', or terms among "
+            "task, soft_targets, reverse_kl and jsd."
         )
-    logger.info("Logits of all rows that carry a loss exist together, because of the %s %s.", student.name, reason)
+    logger.info("Logits of all rows that carry a loss exist together, because of the %s: %s.", student.name, reason)
     return "rows"
 
 

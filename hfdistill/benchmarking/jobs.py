@@ -43,7 +43,7 @@ def run_job(job: Mapping[str, Any]) -> Any:
 
 
 def in_a_process(job: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"value": ...}` of [`run_job`] in a new process, or `{"error": ...}` with the last line that it wrote."""
+    """`{"value": ...}` of [`run_job`] in a new process, which prints how far it is, or `{"error": ...}` with the last line of its errors."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | _OFFLINE
     environment |= {"OMP_NUM_THREADS": str(job["threads"]), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     if job["kind"] == "memory":  # memory that is freed goes back at once, so that what was freed before is not used unseen
@@ -51,10 +51,10 @@ def in_a_process(job: Mapping[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="hfdistill_benchmark_") as folder:
         answer = Path(folder, "answer.json")
         command = [sys.executable, "-m", "hfdistill.benchmarking", json.dumps({**job, "answer": str(answer)})]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=environment)
         if done.returncode == 0 and answer.is_file():
             return {"value": json.loads(answer.read_text(encoding="utf-8"))}
-    last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
+    last = (done.stderr.strip() or "no output").splitlines()[-1]
     return {"error": f"exit code {done.returncode}: {last}"}
 
 

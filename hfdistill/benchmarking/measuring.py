@@ -16,7 +16,7 @@ from .candidates import ALONE, BareSteps, Candidate, Setting, Steps
 from .workloads import Workload, build_workload
 
 
-WARM_UP = 2
+WARM_UP = 1  # after the first passes of the check
 SAME_LOSS, SAME_GRADIENT = 1e-4, 1e-3
 """Relative differences up to which a loss, or the gradient of the student, counts as the same in fp32."""
 
@@ -50,6 +50,7 @@ def interleave(steps: Mapping[str, Steps], rounds: int, device: torch.device) ->
             steps[name].rest()
             times[name]["wall"].append(wall)
             times[name]["cpu"].append(cpu)
+        print(f"  round {number + 1}: {sum(own['wall'][-1] for own in times.values()):.1f} s", flush=True)
     return times
 
 
@@ -105,7 +106,9 @@ def measure_times(workload: Workload, candidates: Mapping[str, Candidate], setti
     for name, candidate in candidates.items():
         try:
             own = candidate.build(workload, setting, candidate.objective)
+            start = time.perf_counter()
             checks[name] = check(own, candidate.objective)
+            print(f"  {candidate.title}: first passes {time.perf_counter() - start:.1f} s", flush=True)
             own.rest()
             steps[name] = own
         except Exception as error:  # one of many: an hour of measurements must not be lost with it

@@ -58,9 +58,8 @@ def encode_corpus(
         seed (`int`, defaults to 0): of that buffer.
 
     Returns:
-        `Dataset`, or `IterableDataset` when streaming: `input_ids`, `example_id`, `length` without packing (for
-        `train_sampling_strategy="group_by_length"`), and `word_ids` on request. No `attention_mask`: collators make it where
-        a batch is padded.
+        `Dataset`, or `IterableDataset` when streaming: `input_ids`, `example_id`, `length` (in tokens) without packing, and
+        `word_ids` on request. No `attention_mask`: collators make it where a batch is padded.
 
     Raises:
         ValueError: when rows are too short for a token, there is no separator to pack with, word boundaries are not known, or

@@ -258,10 +258,9 @@ class Shard:
         place, dtype, offsets, size = self._columns[column]
         first, last = (index * size, (index + 1) * size) if offsets is None else (int(offsets[index]), int(offsets[index + 1]))
         if self._file is None:
-            self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115: closed by `close`
+            self._file = open(self.path, "rb", buffering=0)
         numbers = np.empty(last - first, dtype)
-        self._file.seek(place + first * dtype.itemsize)
-        if self._file.readinto(numbers.view(np.uint8)) != numbers.nbytes:
+        if _read_at(self._file, numbers.view(np.uint8), place + first * dtype.itemsize) != numbers.nbytes:
             raise ValueError(
                 f"{self.path} was cut off while it was in use. Delete this file: the next run with the teacher writes it again."
             )
@@ -278,7 +277,7 @@ class Shard:
         """
         if self._checked[index]:
             return {column: self.row(column, index) for column in columns}
-        row = {own.column: self.row(own.column, index) for own in self.signals}
+        row = {column: self.row(column, index) for column in self._columns}
         if _checksum(*key, int(self.hashes[index]), list(row.values())) != self._checksums[index]:
             raise ValueError(
                 f"{self.path} is damaged: the answer to example_id {key[0]} is not what was written. Delete this file: the next run "
@@ -292,6 +291,13 @@ class Shard:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _read_at(file: io.FileIO, target: np.ndarray, place: int) -> int:
+    if hasattr(os, "preadv"):  # one system call
+        return os.preadv(file.fileno(), [target], place)
+    file.seek(place)
+    return file.readinto(target)
 
 
 def _address(array: np.ndarray) -> int:

@@ -26,7 +26,7 @@ class Noted(Steps):
 def test_steps_are_taken_in_turns():
     log = []
     times = interleave({name: Noted(name, log) for name in "ab"}, 2, torch.device("cpu"))
-    warm_up = ["a", "a", "a rests", "b", "b", "b rests"]
+    warm_up = ["a", "a rests", "b", "b rests"]
     assert log == [*warm_up, "a", "a rests", "b", "b rests", "b", "b rests", "a", "a rests"]
     assert all(len(own["wall"]) == len(own["cpu"]) == 2 for own in times.values())
 

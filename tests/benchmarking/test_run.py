@@ -75,6 +75,7 @@ def test_a_run_writes_results_table_and_picture(children, tmp_path, capsys):
     assert "torchdistill is absent (ModuleNotFoundError" in text
     asked = [(job["kind"], job.get("workload"), job.get("allocator")) for job in children]
     assert asked[:4] == [("machine", None, None), ("times", "W1", "default"), ("times", "W1", "kept"), ("times", "W3", "kept")]
+    assert [job["rounds"] for job in children if job["kind"] == "times"] == [2, 3, 3]
     assert all({"bf16", "torchdistill"}.isdisjoint(job["candidates"]) for job in children if job["kind"] == "times")
     assert found["workloads"]["W1"]["memory_mb"]["bare"] == "exit code 1: killed"
     assert not list(tmp_path.glob("table_*"))
