@@ -74,6 +74,7 @@ _NAMES = {
     "losses.batch": ("BatchLoss",),
     "signals": ("Signals",),
     "capture": ("Capture",),
+    "capture_plan": ("CapturePlan",),
     "models.peft_student": ("lora_config",),
     "teachers": ("AdaptersOffTeacher", "CallableTeacher", "FrozenTeacher", "StoredTeacher", "TeacherStore", "store_teacher"),
     "teachers.loading": ("load_named_part", "load_teacher", "load_tokenizer"),
@@ -177,6 +178,7 @@ if TYPE_CHECKING:
     from .benchmarking import run_benchmark as run_benchmark
     from .binding import build_objective as build_objective
     from .capture import Capture as Capture
+    from .capture_plan import CapturePlan as CapturePlan
     from .citations import citations_for as citations_for
     from .cli import parse as parse
     from .comparison import compare_arms as compare_arms

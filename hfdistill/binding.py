@@ -30,7 +30,7 @@ from .terms import PAIRS, TASK, Term
 
 
 # Losses whose temperature is that of the run where the term has none; others have one of another kind, with a default of its own.
-_RUN_TEMPERATURE = ("soft_targets", "binary_soft_targets", "standardized_soft_targets", "decoupled")
+_RUN_TEMPERATURE = ("soft_targets", "binary_soft_targets", "standardized_soft_targets", "decoupled", "reverse_kl", "jsd")
 
 
 def build_objective(

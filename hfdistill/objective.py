@@ -293,6 +293,7 @@ class Objective(nn.Module):
         """Logits of both models, row by row, and the mask of the rows that are compared (`None` for all)."""
         s = student.logits if student.distillation_logits is None else student.distillation_logits
         if teacher.top_logits is not None:
+            s = s if self.vocabulary is None else s[..., : self.vocabulary]
             return s, teacher.top_logits, self._row_mask(student, teacher, labels)
         t = teacher.logits if teacher.projection is None else teacher.projection.logits()
         t = t.to(s.device)

@@ -79,6 +79,11 @@ class TrainerStore(Trainer):
                 f"The term {others[0]!r} needs all logits of the teacher, but teacher_store_logits={kind} keeps the largest ones. Set it "
                 "to hidden, or use soft_targets alone."
             )
+        if self.objective.teacher_columns is not None:
+            raise ValueError(
+                f"teacher_store_logits={kind} keeps classes of the teacher, but the student's vocabulary is a part of it under other ids. "
+                "Set it to hidden."
+            )
         self._store_temperature()
         if kind == "top_k_without_tail":
             logger.warning(

@@ -94,6 +94,7 @@ class VocabularyHead:
         """
         kept: dict[str, Tensor] = {}
 
+        @torch.compiler.disable  # a compiled model would be compiled anew for every shape
         def select(states: Tensor) -> Tensor:
             if tuple(states.shape[:2]) != shape:
                 raise ValueError(f"hidden states of shape {tuple(states.shape)} for {shape} positions")

@@ -44,7 +44,7 @@ FLOORS = {
 
 # Needed although no line imports them.
 INDIRECT = {"jinja2": "huggingface_hub renders model cards with it", "accelerate": "the README's commands are `accelerate launch`"}
-IMPORT_NAMES = {"pyyaml": "yaml", "scikit-learn": "sklearn", "pillow": "PIL"}
+IMPORT_NAMES = {"pyyaml": "yaml", "scikit-learn": "sklearn", "pillow": "PIL", "liger-kernel": "liger_kernel"}
 
 
 def tracked(*suffixes: str) -> list[Path]:

@@ -43,7 +43,7 @@ def run_job(job: Mapping[str, Any]) -> Any:
 
 
 def in_a_process(job: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"value": ...}` of [`run_job`] in a new process, which prints how far it is, or `{"error": ...}` with the last line of its errors."""
+    """`{"value": ...}` of [`run_job`] in a new process, which prints how far it is, or `{"error": ...}`: the last line of its errors."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | _OFFLINE
     environment |= {"OMP_NUM_THREADS": str(job["threads"]), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     if job["kind"] == "memory":  # memory that is freed goes back at once, so that what was freed before is not used unseen

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+import importlib.util
 import io
 import os
 import sys
@@ -13,7 +14,9 @@ import warnings
 from collections.abc import Iterator
 
 import torch
+from tokenizers import Tokenizer, models
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, default_data_collator
 
 from .candidates import LEARNING_RATE, MAX_GRAD_NORM, Candidate, LoopSteps, Setting, Steps, TrainerSteps
 from .workloads import Workload
@@ -157,22 +160,26 @@ def _textbrewer_objective(workload: Workload) -> dict:
 _REGRESSOR = "hfdistill_benchmark_regressor"
 
 
+def _torchdistill(module: str) -> types.ModuleType:
+    """By name: it is in no extra, because it would bring torchvision, of which nothing is used here."""
+    return importlib.import_module(f"torchdistill.{module}")
+
+
 class TorchdistillSteps(Steps):
     """A `DistillationBox` from a configuration as its examples write them; the hint has a regressor in an auxiliary wrapper."""
 
     def __init__(self, workload: Workload, setting: Setting, objective: str):
         with _quiet(), _model_zoo():
-            import torchdistill.losses.mid_level  # noqa: F401 - registers its losses
-            from torchdistill.common.constant import def_logger
-            from torchdistill.core.distillation import get_distillation_box
-        def_logger.setLevel("WARNING")
+            _torchdistill("losses.mid_level")  # registers its losses
+            box = _torchdistill("core.distillation")
+        _torchdistill("common.constant").def_logger.setLevel("WARNING")
         self.setting = setting
         self.student = workload.new_student()
         batch = workload.batch()
         self.batch, self.targets = batch["pixel_values"].to(setting.device), batch["labels"].to(setting.device)
         rows = list(zip(batch["pixel_values"], batch["labels"]))
         config = _torchdistill_config(workload, len(rows))
-        self.box = get_distillation_box(workload.new_teacher(), self.student, {"train": rows}, config, setting.device, None, False, 1)
+        self.box = box.get_distillation_box(workload.new_teacher(), self.student, {"train": rows}, config, setting.device, None, False, 1)
         self.box.pre_epoch_process(epoch=0)
 
     def backward(self) -> Tensor:
@@ -239,14 +246,12 @@ def _torchdistill_config(workload: Workload, batch_size: int) -> dict:
 
 
 def _register_regressor() -> None:
-    from torchdistill.models.registry import AUXILIARY_MODEL_WRAPPER_DICT, register_auxiliary_model_wrapper
-    from torchdistill.models.wrapper import AuxiliaryModelWrapper
-
-    if _REGRESSOR in AUXILIARY_MODEL_WRAPPER_DICT:
+    registry = _torchdistill("models.registry")
+    if _REGRESSOR in registry.AUXILIARY_MODEL_WRAPPER_DICT:
         return
 
-    @register_auxiliary_model_wrapper(key=_REGRESSOR)
-    class Regressor(AuxiliaryModelWrapper):
+    @registry.register_auxiliary_model_wrapper(key=_REGRESSOR)
+    class Regressor(_torchdistill("models.wrapper").AuxiliaryModelWrapper):
         def __init__(self, student_model, path, regressor, device=None, device_ids=None, distributed=False, **kwargs):
             super().__init__()
             self.student_model, self.path, self.regressor = student_model, path, regressor
@@ -265,12 +270,10 @@ def gkd(workload: Workload, setting: Setting, objective: str) -> Steps:
     """TRL's `GKDTrainer` on given answers alone (`lmbda=0`), forward KL; its defaults of bf16 and gradient checkpointing are off."""
     with _quiet():
         from trl.experimental.gkd import GKDConfig, GKDTrainer
-    args = GKDConfig(
-        **{**setting.training(), "per_device_train_batch_size": workload.batch_size, "gradient_checkpointing": False},
-        lmbda=0.0, beta=0.0, temperature=1.0, max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
-    )  # fmt: skip
-    from transformers import default_data_collator
-
+        args = GKDConfig(
+            **{**setting.training(), "per_device_train_batch_size": workload.batch_size, "gradient_checkpointing": False},
+            lmbda=0.0, beta=0.0, temperature=1.0, max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
+        )  # fmt: skip
     trainer = GKDTrainer(
         model=workload.new_student(),
         teacher_model=workload.new_teacher(),
@@ -283,9 +286,6 @@ def gkd(workload: Workload, setting: Setting, objective: str) -> Steps:
 
 
 def _tokenizer(vocabulary: int):
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")), pad_token="<pad>", bos_token="<s>", eos_token="</s>"

@@ -13,7 +13,7 @@ import vision_families as vision
 from stored_runs import bert, collate, corpus_rows, images, numbered_rows, pad_without_number, span_rows, token_rows, tokenizer, write
 
 from hfdistill import CausalCollator, FrozenTeacher, MaskingCollator, StoredTeacher, TeacherStore, store_teacher
-from hfdistill.capture import CapturePlan
+from hfdistill.capture_plan import CapturePlan
 from hfdistill.teachers import store_hub, store_table, store_writing
 from hfdistill.teachers.store_keys import KeyedCollator
 
