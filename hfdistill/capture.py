@@ -26,6 +26,10 @@ from .stage_taps import StageTap
 from .vocabulary_head import VocabularyHead
 
 
+_FEW = 32
+"""Tokens on which a head is tried out."""
+
+
 class Capture:
     """Runs one model and brings back `Signals`.
 
@@ -156,11 +160,13 @@ class Capture:
         if self.is_pretrained and (plan.hidden_states or plan.embeddings) and not stop_early:
             options["output_hidden_states"] = sorted({k + 1 for k in plan.hidden_states} | ({0} if plan.embeddings else set()))
         found = Arrivals(self._awaited(plan) if stop_early else None)
-        handles = [*self._hooks(plan, found, stop_early), *self._stage_tap.open(plan.features, found)]
-        if self._tap is not None:
-            self._tap.open({signal: getattr(plan, signal) for signal in ATTENTION_SIGNALS})
+        handles: list = []
         output = projection = None
         try:
+            handles += self._hooks(plan, found, stop_early)
+            handles += self._stage_tap.open(plan.features, found)
+            if self._tap is not None:
+                self._tap.open({signal: getattr(plan, signal) for signal in ATTENTION_SIGNALS})
             if rows is None:
                 output = (self.model if forward is None else forward)(**inputs, **options)
             else:
@@ -191,16 +197,21 @@ class Capture:
         return output, projection
 
     def understand_head(self, example: Mapping) -> VocabularyHead:
-        """Finds out how the head of a language model can be restricted to rows, by running the model on `example`."""
+        """Finds out how the head of a language model can be restricted to rows, by running the model on a little of `example`."""
         self.head = head = VocabularyHead(self.inner)
-        inputs = move_to(self.select_inputs(example), self.model)
-        ids = inputs.get("input_ids")
-        if self.is_pretrained and isinstance(ids, Tensor) and ids.dim() == 2:
-
-            def run() -> Tensor:
-                return self(inputs, CapturePlan()).logits
-
-            self._quietly(lambda: head.understand(run, tuple(ids.shape), run()))
+        ids = example.get("input_ids")
+        if not self.is_pretrained or not isinstance(ids, Tensor) or ids.dim() != 2:
+            return head
+        # Few tokens, because all their logits are made, and all of them real: those of a row of nothing but padding mean nothing.
+        few = {
+            name: value[:, :_FEW] if value.dim() > 1 and value.size(1) == ids.size(1) else value
+            for name, value in self.select_inputs(example).items()
+            if isinstance(value, Tensor) and name != SEQUENCE_IDS
+        }
+        if "attention_mask" in few:
+            few["attention_mask"] = torch.ones_like(few["input_ids"])
+        few = move_to(few, self.model)
+        self._quietly(lambda: head.understand(lambda: self(few, CapturePlan()).logits, tuple(few["input_ids"].shape)))
         return head
 
     def check_early_stop(self, plan: CapturePlan, example: Mapping) -> bool:

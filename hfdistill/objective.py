@@ -17,7 +17,7 @@ from .losses.top_k import top_k_soft_targets
 from .models.layer_map import Pairs, resolve_layer_map
 from .signals import STAGE_SIGNALS, Signals, TopLogits
 from .terms import PAIRS
-from .vocabulary_terms import FusedTerms, compared_positions, target_labels
+from .vocabulary_terms import NO_LABELS, FusedTerms, compared_positions, target_labels
 
 
 @dataclass
@@ -268,10 +268,7 @@ class Objective(nn.Module):
         taught = any(term.signal == "logits" and not term.term.is_task for term in self.terms.values())
         logits = student.cls_logits if student.cls_logits is not None and taught and not inference else student.logits
         if labels is None:
-            raise ValueError(
-                "The objective has a task term, but the batch has no labels. Add a 'labels' column (-100 where a label is missing), "
-                "or set task_weight to 0."
-            )
+            raise ValueError(NO_LABELS)
         samples = labels.size(0)
         if student.rows is not None:
             labels = self._at_rows(target_labels(labels, self.task), student.rows)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-import sys
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -14,14 +14,11 @@ MEGABYTE = 10**6
 
 
 def resident(what: str = "VmRSS") -> int:
-    """Bytes of this process in memory now (`VmRSS`), or at most so far (`VmHWM`)."""
+    """Bytes of this process in memory now (`VmRSS`), or at most so far (`VmHWM`; where the system does not tell, those of now)."""
     status = Path("/proc/self/status")
-    if status.is_file():
-        # Not ru_maxrss: a process that was started by a large one inherits that one's.
-        return int(re.search(rf"{what}:\s+(\d+) kB", status.read_text())[1]) * 1024
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    found = re.search(rf"{what}:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    # Not ru_maxrss where there is another way: a process that was started by a large one inherits that one's.
+    return int(found[1]) * 1024 if found else psutil.Process().memory_info().rss
 
 
 def forget_peak(device: torch.device) -> int:

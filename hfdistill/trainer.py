@@ -56,7 +56,7 @@ from .trainer_sampling import TrainerSampling
 from .trainer_search import TrainerSearch
 from .trainer_shortcuts import NOTHING, TrainerShortcuts
 from .trainer_store import TrainerStore
-from .vocabulary_terms import loss_rows
+from .vocabulary_terms import LOSS_ROWS, add_loss_rows, loss_rows
 
 
 logger = logging.getLogger(__name__)
@@ -282,6 +282,7 @@ class DistillationTrainer(
         old, self.model = self.student, model
         self.student = Capture(model, "student", old.own_pooling)
         self.student.run_pooling = old.run_pooling
+        self._head, self.objective.fused = "full", None
         example = self._collate(2)
         if self.args.eval_with_teacher and example is not None:
             self.student.require(self.objective.plans(self.objective.pairs_at(0), 1.0)[0].union(self.objective.answer_plan), example)
@@ -315,7 +316,10 @@ class DistillationTrainer(
         reduce = self.accelerator.reduce if self.accelerator.num_processes > 1 else None
         counts = Denominators(batches, units, self.objective.task, self.objective.problem_type, device, reduce)
         self._window = Window(progress, pairs, *self.objective.plans(pairs, progress), counts)
-        self._training_parts.begin_step(term.name for term, _ in self.objective.active(progress))
+        active = [term for term, _ in self.objective.active(progress)]
+        if self._head != "full":
+            add_loss_rows(batches, active, self.objective.task, self.objective.positions)
+        self._training_parts.begin_step(term.name for term in active)
         return batches, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -359,7 +363,9 @@ class DistillationTrainer(
         labels, rows, teacher = labels_of(inputs), None, None
         if window is not None and self._head != "full":
             terms = [term for term, _ in self.objective.active(progress)]
-            rows = loss_rows(inputs, labels, terms, self.objective.task, self.objective.positions)
+            rows = inputs.get(LOSS_ROWS)
+            if rows is None:
+                rows = loss_rows(inputs, terms, self.objective.task, self.objective.positions)
         with self.clock.section("student"):
             student = self.student(inputs, student_plan, forward=model, rows=rows, project=self._head != "chunked")
         if plans[1] != NOTHING:
@@ -423,6 +429,7 @@ class DistillationTrainer(
 
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
         self._evaluation_parts = EvaluationParts()
+        self._free_buffers()  # evaluation makes large tensors of its own
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         sums = self._evaluation_parts.collect(self._reduce)
         if sums is not None:
@@ -474,6 +481,9 @@ class _ObjectiveCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.epoch = None
         tables = self.trainer.layer_map_tables()
+        about_head = self.trainer._describe_head()
+        if about_head and state.is_world_process_zero:
+            print(about_head)
         if tables and state.is_world_process_zero:
             for name, table in tables.items():
                 print(f"Layer map of the term {name!r} (blocks and stages count from 0):\n{table}\n")
@@ -484,3 +494,4 @@ class _ObjectiveCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer._window = None  # its counts belong to the last step alone
         self.trainer.rest()
+        self.trainer._free_buffers()

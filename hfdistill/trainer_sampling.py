@@ -30,7 +30,9 @@ class TrainerSampling(Trainer):
         rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         names = getattr(self.processing_class, "model_input_names", None) or ["input_ids"]
         seed = args.seed if args.data_seed is None else args.data_seed
-        return LengthGroups(rows, row_lengths(dataset, names[0]), seed, lambda: int((self.state.epoch or 0) + 1e-6))
+        known = args.length_column_name in (getattr(dataset, "column_names", None) or ())
+        lengths = dataset[args.length_column_name] if known else row_lengths(dataset, names[0])
+        return LengthGroups(rows, lengths, seed, lambda: int((self.state.epoch or 0) + 1e-6))
 
     def _get_eval_sampler(self, eval_dataset):
         if self.args.train_sampling_strategy != BY_LENGTH or not has_length(eval_dataset):

@@ -9,7 +9,7 @@ from dataclasses import replace
 from transformers import Trainer
 
 from .capture_plan import CapturePlan, plan_for
-from .vocabulary_terms import FusedTerms, choose_head
+from .vocabulary_terms import LANGUAGE_MODELS, FusedTerms, choose_head
 
 
 logger = logging.getLogger(__name__)
@@ -32,9 +32,21 @@ class TrainerShortcuts(Trainer):
         """Decides for this student, teacher and objective; `teacher` is its capture, or `None`."""
         args, objective = self.args, self.objective
         terms = list(objective.terms.values())
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        compiled = args.torch_compile
-        self._head = choose_head(args.vocabulary_head, terms, objective.task, objective.task_loss, self.student, example, sharded, compiled)
+        outside = None
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            outside = "its weights are sharded, and a loss outside of its forward pass does not see them"
+        elif args.ddp_static_graph:
+            outside = "ddp_static_graph=True synchronises no gradient that goes round the output of the model"
+        choice = choose_head(
+            args.vocabulary_head, terms, objective.task, objective.task_loss, self.student, example, outside, args.torch_compile
+        )
+        self._head, self._head_reason = choice
+        if args.vocabulary_chunk_rows is not None and self._head != "chunked":
+            why = choice.why or f"the task {objective.task} has no vocabulary"
+            raise ValueError(
+                f"vocabulary_chunk_rows={args.vocabulary_chunk_rows} would not be used, because logits are not made in chunks: {why}. "
+                "Leave it out."
+            )
         objective.fused = FusedTerms(objective.task_loss, args.vocabulary_chunk_rows) if self._head == "chunked" else None
         self._teacher_rows = self._teacher_projects = True
         if teacher is None:
@@ -49,3 +61,20 @@ class TrainerShortcuts(Trainer):
                 logger.warning("The head of the %s runs at every position: a part of its logits is not what it gives there.", teacher.name)
         if args.teacher_trimming and hasattr(teacher, "check_early_stop"):
             self.teacher.stops_early = replace(plan, logits=False) != NOTHING and teacher.check_early_stop(plan, example)
+
+    def _free_buffers(self) -> None:
+        """Gives back what is kept from step to step."""
+        if self.objective.fused is not None:
+            self.objective.fused.scratch.clear()
+
+    def _describe_head(self) -> str | None:
+        """A line about the vocabulary of a language model, for who looks at the start of a run."""
+        where = {
+            "full": "projected at every position",
+            "rows": "projected at the positions that carry a loss",
+            "chunked": "projected at the positions that carry a loss, a few rows at a time",
+        }[self._head]
+        if self.objective.task not in LANGUAGE_MODELS:
+            return None
+        why = f" Not at fewer at once, because of the student: {self._head_reason}." if self._head_reason else ""
+        return f"Vocabulary: {where}.{why}"

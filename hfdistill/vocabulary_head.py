@@ -9,7 +9,9 @@ embedding.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,9 @@ from .models.anatomy import text_config
 from .signals import Projection
 
 
+_FAR = 300.0
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_SCALES, _DIVISORS = ("logit_scale", "lm_head_multiplier"), ("logits_scaling",)
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
@@ -43,16 +48,16 @@ class VocabularyHead:
         """The output embedding; looked up anew, since resizing the vocabulary replaces it."""
         return self.model.get_output_embeddings()
 
-    def understand(self, run: Callable[[], Tensor], shape: tuple[int, int], logits: Tensor) -> None:
+    def understand(self, run: Callable[[], Tensor], shape: tuple[int, int]) -> None:
         """Finds out where rows can be chosen and whether logits are a plain projection.
 
         Args:
             run: runs the model on an example, without a graph and in eval mode, and returns what it gives as logits.
             shape: batch and length of that example.
-            logits: `(batch, length, vocabulary)`, what the model gives without any hook.
         """
         self.place, self.scale, self.softcap, self.projects = None, 1.0, None, False
-        if not isinstance(self.embedding, nn.Module) or tuple(logits.shape[:2]) != shape:
+        logits = _attempt(run) if isinstance(self.embedding, nn.Module) else None
+        if logits is None or tuple(logits.shape[:2]) != shape:
             return
         rows = torch.arange(0, shape[0] * shape[1], 2, device=logits.device)
         expected = logits.flatten(0, 1)[rows]
@@ -60,27 +65,28 @@ class VocabularyHead:
             if place == "base" and getattr(self.model, "base_model", self.model) is self.model:
                 continue
             self.place = place
-            try:
-                seen, _ = self.run(run, shape, rows, project=True)
-            except (ValueError, RuntimeError, IndexError):
-                continue  # something behind the hook needs all positions
-            if _equal(seen, expected):
+            if _equal(_attempt(lambda: self.run(run, shape, rows, project=True)[0]), expected):
                 break
         else:
             self.place = None
             return
         if not _is_plain_linear(self.embedding):
             return
-        try:
-            _, projection = self.run(run, shape, rows, project=False)
-        except (ValueError, RuntimeError, IndexError, KeyError):  # KeyError: its weight is used, but it is never called
+        # Caps show at logits far above any of them; small ones, and bf16, would hide them.
+        factor = _FAR / max(float(expected.abs().max()), 1e-6)
+        large = _attempt(lambda: self.run(run, shape, rows, project=True, factor=factor)[0])
+        projection = _attempt(lambda: self.run(run, shape, rows, project=False)[1])
+        if large is None or projection is None:
             return
         for scale, softcap in _ways_to_the_logits(self.model):
-            if _equal(replace(projection, scale=scale, softcap=softcap).logits(), expected):
+            own = replace(projection, scale=scale, softcap=softcap)
+            if _equal(own.logits(), expected) and _equal(replace(own, features=own.features * factor).logits(), large):
                 self.scale, self.softcap, self.projects = scale, softcap, True
                 return
 
-    def run(self, run: Callable[[], Tensor], shape: tuple[int, int], rows: Tensor, project: bool) -> tuple[Tensor, Projection | None]:
+    def run(
+        self, run: Callable[[], Tensor], shape: tuple[int, int], rows: Tensor, project: bool, factor: float = 1.0
+    ) -> tuple[Tensor, Projection | None]:
         """`run()` with the head at `rows` alone.
 
         Args:
@@ -88,6 +94,7 @@ class VocabularyHead:
             shape: batch and length of its input.
             rows: integer `(rows,)`, positions in the flattened `(batch * length)`.
             project: whether the vocabulary is projected.
+            factor: of the input of the output embedding, to try it out.
 
         Returns:
             The logits `(rows, vocabulary)`, and `None`; without `project` those of no row, and a [`Projection`].
@@ -101,6 +108,8 @@ class VocabularyHead:
             return states.flatten(0, 1).index_select(0, rows.to(states.device)).unsqueeze(0)
 
         def after_base(_module, _args, output):
+            if isinstance(output, Tensor):
+                return select(output)
             if isinstance(output, tuple):
                 return (select(output[0]), *output[1:])
             return type(output)(**{**output, "last_hidden_state": select(output["last_hidden_state"])})
@@ -108,22 +117,18 @@ class VocabularyHead:
         def before_embedding(_module, args):
             states = select(args[0]) if self.place == "embedding" else args[0]
             if project:
-                return (states, *args[1:])
-            if torch.is_autocast_enabled(states.device.type):  # the matrix product would have run in this dtype
+                return (states if factor == 1.0 else states * factor, *args[1:])
+            if torch.is_autocast_enabled(states.device.type) and states.dtype != torch.float64:  # as it would for the matrix product
                 states = states.to(torch.get_autocast_dtype(states.device.type))
             kept["features"] = states
             return (args[0][:, :0] if self.place == "base" else args[0].flatten(0, 1)[:0].unsqueeze(0), *args[1:])
 
-        handles = []
-        if self.place == "base":
-            handles.append(self.model.base_model.register_forward_hook(after_base))
-        if self.place == "embedding" or not project:
-            handles.append(self.embedding.register_forward_pre_hook(before_embedding))
-        try:
+        with ExitStack() as hooks:
+            if self.place == "base":
+                hooks.callback(self.model.base_model.register_forward_hook(after_base).remove)
+            if self.place == "embedding" or not project or factor != 1.0:
+                hooks.callback(self.embedding.register_forward_pre_hook(before_embedding).remove)
             logits = run()
-        finally:
-            for handle in handles:
-                handle.remove()
         if project:
             return logits.squeeze(0), None
         projection = Projection(kept["features"].squeeze(0), self.embedding.weight, self.embedding.bias, self.scale, self.softcap)
@@ -137,20 +142,27 @@ def _is_plain_linear(module: nn.Module) -> bool:
 
 
 def _ways_to_the_logits(model: nn.Module) -> list[tuple[float, float | None]]:
-    """`(scale, softcap)` that a config may stand for; constants only."""
+    """`(scale, softcap)` that a config may stand for; constants only. What it names comes first."""
     config = text_config(model.config)
-    ways: list[tuple[float, float | None]] = [(1.0, None)]
-    if softcap := getattr(config, "final_logit_softcapping", None):
-        ways.append((1.0, float(softcap)))
-    if scale := getattr(config, "logit_scale", None):
-        ways.append((float(scale), None))
-    if scale := getattr(config, "logits_scaling", None):
-        ways.append((1.0 / float(scale), None))
-    return ways
+    named = {name: getattr(config, name, None) for name in (*_CAPS, *_SCALES, *_DIVISORS)}
+    named = {name: float(value) for name, value in named.items() if isinstance(value, (int, float)) and value > 0}
+    caps = [named[name] for name in _CAPS if name in named]
+    scales = [named[name] for name in _SCALES if name in named] + [1 / named[name] for name in _DIVISORS if name in named]
+    return [(scale, cap) for scale in [*scales, 1.0] for cap in [*caps, None]]
 
 
-def _equal(seen: Tensor, expected: Tensor) -> bool:
-    if seen.shape != expected.shape:
+def _attempt(function: Callable[[], Any]) -> Any:
+    """What it returns, or `None` where a model does not bear the hooks; too little memory is no answer."""
+    try:
+        return function()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # an experiment with a model of which nothing is known
+        return None
+
+
+def _equal(seen: Tensor | None, expected: Tensor) -> bool:
+    if seen is None or seen.shape != expected.shape:
         return False
     tolerance = _TOLERANCE.get(expected.dtype, 5e-2) * max(float(expected.abs().max()), 1e-6)
     return bool((seen.to(expected.dtype) - expected).abs().max() <= tolerance)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .bound_term import BoundTerm
 from .capture import Capture
-from .counting import marked_targets, real_tokens
+from .counting import labels_of, marked_targets, real_tokens
 from .losses.base import LossValue
 from .losses.divergences import JSDLoss, ReverseKLLoss
 from .losses.logits import SoftTargetsLoss
@@ -19,9 +19,11 @@ from .losses.vocabulary import VocabularyPart, VocabularyScratch, chunked_vocabu
 from .signals import Signals
 
 
-logger = logging.getLogger(__name__)
-
 LANGUAGE_MODELS = ("masked_lm", "causal_lm")
+NO_LABELS = (
+    "The objective has a task term, but the batch has no labels. Add a 'labels' column (-100 where a label is missing), or set "
+    "task_weight to 0."
+)
 
 _FUSED = {SoftTargetsLoss: "soft_targets", ReverseKLLoss: "reverse_kl", JSDLoss: "jsd"}
 
@@ -72,8 +74,28 @@ def compared_positions(
     return _predicting(real, task) & real if task == "causal_lm" else real
 
 
-def loss_rows(batch: Mapping, labels: Tensor | None, terms: Sequence[BoundTerm], task: str, positions: str) -> Tensor:
+LOSS_ROWS = "loss_rows"
+"""Under this name a batch carries its own [`loss_rows`]."""
+
+
+def add_loss_rows(batches: Sequence[MutableMapping], terms: Sequence[BoundTerm], task: str, positions: str) -> None:
+    """Gives each micro-batch of a step its `LOSS_ROWS`; on a GPU the host waits for it once, to learn how many there are."""
+    masks = [_loss_mask(batch, labels_of(batch), terms, task, positions).flatten() for batch in batches]
+    if all(mask.device.type == "cpu" for mask in masks):
+        found = [mask.nonzero() for mask in masks]
+    else:
+        counts = torch.stack([mask.sum() for mask in masks]).tolist()
+        found = [torch.nonzero_static(mask, size=count) for mask, count in zip(masks, counts)]
+    for batch, rows in zip(batches, found):
+        batch[LOSS_ROWS] = rows.squeeze(1)
+
+
+def loss_rows(batch: Mapping, terms: Sequence[BoundTerm], task: str, positions: str) -> Tensor:
     """Integer `(rows,)`: positions of the flattened `(batch * length)` that carry a logit loss in this batch."""
+    return _loss_mask(batch, labels_of(batch), terms, task, positions).flatten().nonzero().squeeze(1)
+
+
+def _loss_mask(batch: Mapping, labels: Tensor | None, terms: Sequence[BoundTerm], task: str, positions: str) -> Tensor:
     ids = batch["input_ids"]
     tokens = real_tokens(batch)
     wanted = torch.zeros(tuple(ids.shape), dtype=torch.bool, device=ids.device)
@@ -85,7 +107,7 @@ def loss_rows(batch: Mapping, labels: Tensor | None, terms: Sequence[BoundTerm],
                 wanted |= target_labels(labels, task) != MISSING_LABEL
         else:
             wanted |= compared_positions(tokens, marked_targets(batch), labels, task, positions, ids.shape, ids.device)
-    return wanted.flatten().nonzero().squeeze(1)
+    return wanted
 
 
 def unfused_term(terms: Sequence[BoundTerm], task_loss) -> str | None:
@@ -99,63 +121,67 @@ def unfused_term(terms: Sequence[BoundTerm], task_loss) -> str | None:
     return None
 
 
+class HeadChoice(NamedTuple):
+    """Where the vocabulary is projected in training (`full`, `rows` or `chunked`), and what forbids less."""
+
+    where: str
+    why: str | None = None
+
+
 def choose_head(
-    asked: str, terms: Sequence[BoundTerm], task: str, task_loss, student: Capture, example: Mapping, sharded: bool, compiled: bool
-) -> str:
-    """Where the student's vocabulary is projected in training: `full`, `rows` or `chunked`, see `vocabulary_head` of the arguments.
+    asked: str, terms: Sequence[BoundTerm], task: str, task_loss, student: Capture, example: Mapping, outside: str | None, compiled: bool
+) -> HeadChoice:
+    """Decides on the argument `vocabulary_head`.
 
     Args:
         asked: the argument.
         terms, task, task_loss: of the objective.
         student: its head is looked at.
         example: a batch.
-        sharded: whether FSDP or DeepSpeed hold the weights in pieces, which a loss outside of the forward pass cannot see.
+        outside: why a loss outside of the forward pass may not use the weights, such as FSDP, which holds them in pieces.
         compiled: whether the student will be compiled.
 
     Raises:
         ValueError: where the argument asks for what this model or objective does not allow.
     """
-    if asked == "full":
-        return "full"
     if task not in LANGUAGE_MODELS:
-        if asked == "auto":
-            return "full"
+        if asked in ("auto", "full"):
+            return HeadChoice("full")
         raise ValueError(
             f"vocabulary_head={asked!r} is about language models, but {student.name} has no vocabulary to predict (its task: {task}). "
             "Leave vocabulary_head out."
         )
+    if asked == "full":
+        return HeadChoice("full", "vocabulary_head='full'")
+    why = None
     if compiled or hasattr(student.model, "_orig_mod"):
-        reason = "it is compiled, and rows would change its shapes with every batch"
+        why = "it is compiled, and rows would change its shapes with every batch"
     elif student.understand_head(example).place is None:
-        reason = "its logits at some positions are not those that it gives there among all others"
-    else:
-        reason = None
-    if reason is not None:
+        why = "its logits at some positions are not those that it gives there among all others"
+    if why is not None:
         if asked != "auto":
             raise ValueError(
-                f"vocabulary_head={asked!r} is not possible with the {student.name}: {reason}. Set vocabulary_head='full', which projects "
+                f"vocabulary_head={asked!r} is not possible with the {student.name}: {why}. Set vocabulary_head='full', which projects "
                 "every position."
             )
-        logger.warning("The head of the %s runs at every position, because %s.", student.name, reason)
-        return "full"
+        return HeadChoice("full", why)
     if asked == "rows":
-        return "rows"
+        return HeadChoice("rows", "vocabulary_head='rows'")
     unfused = unfused_term(terms, task_loss)
-    if sharded:
-        reason = "its weights are sharded, and a loss outside of its forward pass does not see them"
+    if outside is not None:
+        why = outside
     elif not student.head.projects:
-        reason = "its logits are not a plain projection (an adapter, quantised weights, or something unknown is done to them)"
+        why = "its logits are not a plain projection (an adapter, quantised weights, or something unknown is done to them)"
     elif unfused is not None:
-        reason = f"the term {unfused!r} needs all logits of a row at once in a way that is not built in"
-    if reason is None:
-        return "chunked"
+        why = f"the term {unfused!r} needs all logits of a row at once in a way that is not built in"
+    if why is None:
+        return HeadChoice("chunked")
     if asked == "chunked":
         raise ValueError(
-            f"vocabulary_head='chunked' is not possible with the {student.name}: {reason}. Use vocabulary_head='rows', or terms among "
+            f"vocabulary_head='chunked' is not possible with the {student.name}: {why}. Use vocabulary_head='rows', or terms among "
             "task, soft_targets, reverse_kl and jsd."
         )
-    logger.info("Logits of all rows that carry a loss exist together, because of the %s: %s.", student.name, reason)
-    return "rows"
+    return HeadChoice("rows", why)
 
 
 class FusedTerms:
@@ -198,6 +224,8 @@ class FusedTerms:
         for term, weight in terms:
             scale = weight / divisor(term).to(dtype)  # a count: float32 without being told otherwise
             if term.term.is_task:
+                if labels is None:
+                    raise ValueError(NO_LABELS)
                 part = VocabularyPart("task", scale, labels=labels, label_smoothing=self.task_loss.label_smoothing)
             else:
                 loss, own = term.loss, options(term)
@@ -209,7 +237,7 @@ class FusedTerms:
                 )
             parts.append(part)
         other = None
-        if teacher is not None:
+        if any(not term.term.is_task for term, _ in terms):
             other = next(found for found in (teacher.projection, teacher.top_logits, teacher.logits) if found is not None)
             if isinstance(other, Tensor) and teacher.rows is None:  # a function as the teacher answers for all positions
                 other = other.flatten(0, 1)[student.rows]

@@ -1,7 +1,6 @@
 """What is not computed makes no difference: every fast path gives the loss and the gradients of the plain one."""
 
 import copy
-import logging
 
 import families
 import pytest
@@ -75,12 +74,11 @@ def test_every_fused_term(loss, tmp_path):
     assert_alike(fast, plain)
 
 
-def test_terms_that_are_not_built_in_take_all_rows_at_once(tmp_path, caplog):
+def test_terms_that_are_not_built_in_take_all_rows_at_once(tmp_path, capsys):
     weights = {**ALL_TERMS, "kd_positions": "labelled"}  # logit_mse
     plain = step("bert", "MaskedLM", tmp_path, **weights, **PLAIN)
-    with caplog.at_level(logging.INFO, "hfdistill"):
-        fast = step("bert", "MaskedLM", tmp_path, **weights)
-    assert fast[0]._head == "rows" and "'logit_mse'" in caplog.text
+    fast = step("bert", "MaskedLM", tmp_path, **weights)
+    assert fast[0]._head == "rows" and "'logit_mse'" in capsys.readouterr().out
     assert_alike(fast, plain)
     with pytest.raises(ValueError, match="vocabulary_head='chunked' is not possible.*'logit_mse'.*Use vocabulary_head='rows'"):
         step("bert", "MaskedLM", tmp_path, vocabulary_head="chunked", **weights)
@@ -107,6 +105,48 @@ def test_no_head_without_a_term_on_logits(tmp_path):
     fast[0].train()
     assert set(seen) == {0}  # the student's head sees no row, the teacher's is not reached
     assert_alike(fast, plain)
+
+
+@pytest.mark.parametrize("schedule", [None, {"type": "step", "start": 1.0, "end": 0.0, "over": [0.0, 0.5]}])
+def test_labels_and_a_layer_term_without_a_term_between_logits(schedule, tmp_path):
+    """Also where the weight of soft targets falls to 0 on the way."""
+    weights = dict(task_weight=1.0, kd_weight=0.0, hidden_weight=1.0, max_steps=4, kd_positions="all")
+    if schedule:
+        weights |= {"kd_weight": 1.0, "schedules": {"kd_weight": schedule}}
+    plain, fast = step("bert", "MaskedLM", tmp_path, **weights, **PLAIN), step("bert", "MaskedLM", tmp_path, **weights)
+    assert fast[0]._head == "chunked"
+    for one, other in zip(fast[0].state.log_history[:-1], plain[0].state.log_history[:-1]):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+def test_what_a_loss_outside_of_the_forward_pass_cannot_do(tmp_path):
+    weights = dict(task_weight=1.0, kd_weight=1.0)
+    assert step("bert", "MaskedLM", tmp_path, ddp_static_graph=True, **weights)[0]._head == "rows"
+    with pytest.raises(ValueError, match="vocabulary_head='chunked' is not possible.*ddp_static_graph=True synchronises no gradient"):
+        step("bert", "MaskedLM", tmp_path, ddp_static_graph=True, vocabulary_head="chunked", **weights)
+    with pytest.raises(ValueError, match="vocabulary_chunk_rows=4 would not be used.*vocabulary_head='rows'"):
+        step("bert", "MaskedLM", tmp_path, vocabulary_chunk_rows=4, vocabulary_head="rows", **weights)
+
+
+def test_buffers_are_given_back(tmp_path):
+    trainer = step("bert", "MaskedLM", tmp_path, task_weight=1.0, kd_weight=1.0)[0]
+    assert not trainer.objective.fused.scratch._buffers
+
+
+@pytest.mark.parametrize("target", [["query", "value"], ["query", "decoder"]])
+def test_lora_students(target, tmp_path):
+    """An adapter on the output embedding leaves rows, but no plain projection."""
+    import peft
+
+    gradients = []
+    for options in (PLAIN, {}):
+        student = families.build("bert", 2, seed=1, head="MaskedLM", tie_word_embeddings=False, **without_dropout("bert"))
+        args = arguments(tmp_path, task_weight=1.0, kd_weight=1.0, kd_positions="all", **options)
+        config = peft.LoraConfig(r=2, target_modules=target, lora_dropout=0.0, init_lora_weights=False)
+        trainer, steps = run(student, families.build("bert", 3, head="MaskedLM"), token_rows("bert"), args, peft_config=config)
+        gradients.append(steps[0])
+    assert trainer._head == ("rows" if "decoder" in target else "chunked")
+    assert_same(gradients[1], gradients[0])
 
 
 def test_a_batch_without_a_label_teaches_nothing_and_breaks_nothing(tmp_path):
@@ -143,13 +183,14 @@ def test_a_teacher_that_takes_the_batch_in_pieces(rows, tmp_path):
         assert_alike(step("bert", "MaskedLM", tmp_path, teacher_batch_size=rows, vocabulary_head=head, **weights), plain)
 
 
-def test_a_head_that_mixes_positions_is_run_whole_and_that_is_said(tmp_path, caplog):
+def test_a_head_that_mixes_positions_is_run_whole_and_that_is_said(tmp_path, capsys):
     from test_vocabulary_head import Mixing
 
     config = families.build("bert", 2, seed=1, head="MaskedLM", **without_dropout("bert")).config
     teacher = families.build("bert", 2, head="MaskedLM")
     trainer = DistillationTrainer(Mixing(config), arguments(tmp_path), teacher=teacher, train_dataset=token_rows("bert"), data_collator=pad)
-    assert trainer._head == "full" and "runs at every position, because its logits" in caplog.text
+    trainer.train()
+    assert trainer._head == "full" and "projected at every position. Not at fewer" in capsys.readouterr().out
     with pytest.raises(ValueError, match="vocabulary_head='rows' is not possible with the student"):
         DistillationTrainer(
             Mixing(config),
@@ -195,7 +236,7 @@ def test_frozen_and_tied_embeddings(tied, tmp_path):
         student = families.build("bert", 2, seed=1, head="MaskedLM", tie_word_embeddings=tied, **without_dropout("bert"))
         args = arguments(tmp_path, task_weight=1.0, kd_weight=1.0, kd_positions="all", frozen_parts=None if tied else ["head"], **options)
         gradients.append(run(student, families.build("bert", 3, head="MaskedLM"), token_rows("bert"), args)[1][0])
-    assert ("cls.predictions.decoder.weight" in gradients[1]) is False  # tied: under the embeddings' name; frozen: not at all
+    assert "bert.embeddings.word_embeddings.weight" in gradients[1] and len(gradients[1]) == len(gradients[0])
     assert_same(gradients[1], gradients[0])
 
 

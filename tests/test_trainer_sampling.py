@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch.utils.data import BatchSampler
 from training import ALL_TERMS, Rows, arguments, flat, pad, run, state, without_dropout
 
-from hfdistill import MaskingCollator, train_wordpiece
+from hfdistill import DistillationTrainer, MaskingCollator, train_wordpiece
 from hfdistill.trainer_sampling import LengthGroups, row_lengths
 
 
@@ -131,3 +131,17 @@ def test_epochs_are_counted_where_nobody_says():
     groups = LengthGroups(4, list(range(16)), seed=1)
     first, second = list(groups), list(groups)
     assert first != second and sorted(first) == list(range(16)) and first == list(LengthGroups(4, list(range(16)), seed=1))
+
+
+def test_a_column_of_lengths_is_used_where_there_is_one(tmp_path):
+    """Texts that the collator tokenizes have no ids to measure."""
+    data = Dataset.from_dict({"text": list("abcdefgh"), "length": [1, 9, 2, 8, 3, 7, 4, 6]})
+
+    def collate(rows):
+        return tensors(rows_of(len(rows)))
+
+    args = arguments(tmp_path, train_sampling_strategy="group_by_length", per_device_train_batch_size=2, remove_unused_columns=False)
+    student, teacher = models()
+    trainer = DistillationTrainer(student, args, teacher=teacher, train_dataset=data, data_collator=collate)
+    order = list(trainer._get_train_sampler())
+    assert sorted(order) == list(range(8)) and max(data["length"][i] for i in order[:2]) == 9

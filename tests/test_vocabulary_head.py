@@ -37,7 +37,7 @@ MODELS = {
     "gpt2": lambda: families.build("gpt2", 2, head="LMHeadModel"),
     "llama": lambda: families.build("llama", 2, head="CausalLM"),
     "qwen3": lambda: families.build("qwen3", 2, head="CausalLM"),
-    "gemma2": lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**_CAUSAL, num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.05)),
+    "gemma2": lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**_CAUSAL, num_key_value_heads=2, head_dim=8, final_logit_softcapping=30.0)),
     "cohere": lambda: tf.CohereForCausalLM(tf.CohereConfig(**_CAUSAL, logit_scale=0.25)),
     "granite": lambda: tf.GraniteForCausalLM(tf.GraniteConfig(**_CAUSAL, logits_scaling=4.0)),
     "opt": lambda: tf.OPTForCausalLM(
@@ -47,7 +47,7 @@ MODELS = {
         )
     ),
 }  # fmt: skip
-EXPECTED = {"gemma2": (1.0, 0.05), "cohere": (0.25, None), "granite": (0.25, None)}
+EXPECTED = {"gemma2": (1.0, 30.0), "cohere": (0.25, None), "granite": (0.25, None)}
 
 
 def example(rows=3):
@@ -105,11 +105,61 @@ def of_class(cls):
     return cls(config).eval()
 
 
+class Capped(tf.BertForMaskedLM):
+    """A cap of which the config says nothing, far above the logits of random weights."""
+
+    def forward(self, input_ids, attention_mask=None, **options):
+        output = super().forward(input_ids, attention_mask, **options)
+        output["logits"] = 30 * torch.tanh(output["logits"] / 30)
+        return output
+
+
+class Nested(tf.BertModel):
+    """A base model that returns an object of its own."""
+
+    def forward(self, input_ids, attention_mask=None, **options):
+        return {"states": super().forward(input_ids, attention_mask, **options).last_hidden_state}
+
+
+class Unusual(tf.BertForMaskedLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = Nested(config, add_pooling_layer=False)
+
+    def forward(self, input_ids, attention_mask=None):
+        return {"logits": self.cls(self.bert(input_ids, attention_mask)["states"])}
+
+
 def test_what_is_not_understood_is_found_out():
-    mixing, shifted = Capture(of_class(Mixing), "student"), Capture(of_class(Shifted), "student")
-    assert mixing.understand_head(example()).place is None
-    head = shifted.understand_head(example())
-    assert head.place == "base" and not head.projects
+    assert Capture(of_class(Mixing), "student").understand_head(example()).place is None
+    for cls in (Shifted, Capped):
+        head = Capture(of_class(cls), "student").understand_head(example())
+        assert head.place == "base" and not head.projects, cls
+    head = Capture(of_class(Unusual), "student").understand_head(example())
+    assert head.place == "embedding" and head.projects
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cap_is_seen_in_half_precision_too(dtype):
+    """There it changes logits of random weights by less than rounding does."""
+    head = Capture(MODELS["gemma2"]().to(dtype).eval(), "teacher").understand_head(example())
+    assert head.projects and head.softcap == 30.0
+    assert not Capture(of_class(Capped).to(dtype), "teacher").understand_head(example()).projects
+
+
+def test_left_padding_and_long_rows_are_tried_on_real_tokens():
+    model = families.build("llama", 2, head="CausalLM")
+    ids = torch.randint(3, 64, (2, 40))
+    mask = torch.ones_like(ids)
+    mask[:, :36] = 0
+    assert Capture(model, "student").understand_head({"input_ids": ids, "attention_mask": mask}).projects
+
+
+def test_too_little_memory_is_not_taken_for_an_unknown_head(monkeypatch):
+    model = families.build("bert", 2, head="MaskedLM")
+    monkeypatch.setattr(model.cls, "forward", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    with pytest.raises(torch.OutOfMemoryError):
+        Capture(model, "student").understand_head(example())
 
 
 def test_an_adapter_or_a_frozen_shape_on_the_output_embedding_is_no_plain_projection():

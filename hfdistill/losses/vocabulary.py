@@ -59,9 +59,10 @@ class VocabularyPart:
 
 
 class VocabularyScratch:
-    """Buffers that serve at each step again.
+    """Buffers that serve at each step again, on CPU.
 
-    Fresh memory of the size of a chunk of logits would be paged in at each step, which takes longer than the arithmetic.
+    Fresh memory of the size of a chunk of logits would be paged in at each step, which takes longer than the arithmetic. Other devices
+    have an allocator that keeps it.
     """
 
     def __init__(self):
@@ -69,11 +70,17 @@ class VocabularyScratch:
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """An uninitialised tensor; the last one of that name is invalid from now on."""
+        if device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=device)
         key, size = (name, dtype, device), math.prod(shape)
         if key not in self._buffers or self._buffers[key].numel() < size:
             self._buffers.pop(key, None)
             self._buffers[key] = torch.empty(size, dtype=dtype, device=device)
         return self._buffers[key][:size].view(shape)
+
+    def clear(self) -> None:
+        """Gives the memory back; it is taken again when it is needed."""
+        self._buffers.clear()
 
 
 def chunked_vocabulary_losses(

@@ -239,8 +239,12 @@ class ChunkedLosses:
             torch.addmm(weight, logits.t(), self.student.rows, beta=1 if chunk.start else 0, out=weight)
         else:
             product = self.scratch.take("weight", tuple(weight.shape), dtype, self.device)
-            torch.mm(logits.t(), self.student.rows, out=product)
-            weight.add_(product) if chunk.start else weight.copy_(product)
+            # the sum over the rows of a chunk would leave the range of fp16 where a feature is large
+            share = 2.0 ** math.ceil(math.log2(logits.size(0))) if dtype == torch.float16 else 1.0
+            torch.mm(logits.t(), self.student.rows / share, out=product)
+            if not chunk.start:
+                weight.zero_()
+            weight.add_(product, alpha=share)
 
     def _block(self, rows: slice, local: slice, values: list[Tensor], wanted: bool) -> Tensor | None:
         """Writes the values of some rows, and returns the derivatives by their logits."""

@@ -51,6 +51,7 @@ def test_sizes_are_those_of_the_description():
     labelled = batch["labels"] != -100
     assert 0.5 * MASKED_SHARE < labelled.float().mean() < 2 * MASKED_SHARE
     assert (batch["input_ids"][labelled] == 3).all() and (batch["labels"][labelled] != 3).all()
+    assert build_workload("W2", "full", batch=1).objectives["distil"].settings["layer_map"] == "0:1,1:3,2:5"
     causal = build_workload("W5", "tiny", vocabulary=128, length=7)
     assert causal.student.config.vocab_size == 128 and causal.batch()["labels"].shape == (2, 7)
     assert (causal.batch()["labels"][:, 0] == -100).all()

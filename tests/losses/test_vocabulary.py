@@ -551,3 +551,21 @@ def test_models_that_do_not_belong_together():
             chunked_vocabulary_losses(student, other, parts, shared=shared, teacher_columns=columns)
     with pytest.raises(ValueError, match="teacher_columns .41 of them. were given with TopLogits"):
         chunked_vocabulary_losses(student, top(teacher.logits(), 3, 1.0), [VocabularyPart("top_k", 1.0)], teacher_columns=torch.arange(41))
+
+
+def test_a_large_feature_leaves_the_range_of_fp16_in_no_sum():
+    """An outlier of 30 in one feature, the same sign in all rows, as final norms make them."""
+    generator = torch.Generator().manual_seed(0)
+    rows, width, classes = 2048, 64, 32
+    features = torch.randn(rows, width, generator=generator)
+    features[:, 0] = 30.0
+    weight, teacher = torch.randn(classes, width, generator=generator) / 100, torch.zeros(rows, classes)
+    teacher[:, 0] = 50.0  # always the same class, so that the derivatives have one sign
+    gradients = []
+    for dtype in (torch.float64, torch.float16):
+        own = weight.to(dtype).requires_grad_()
+        part = VocabularyPart("soft_targets", 1 / rows, temperature=2.0)
+        chunked_vocabulary_losses(Projection(features.to(dtype), own), teacher.to(dtype), [part], chunk_rows=rows)[0].backward()
+        gradients.append(own.grad.double())
+    assert 40 < gradients[0].abs().max() < 100  # times the rows more than fp16 has room for
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=2e-2, atol=2e-3 * float(gradients[0].abs().max()))
