@@ -132,7 +132,8 @@ class InterfaceTap:
 
     def _keep_scores(self, block, module, query, key, attention_mask, scaling, position_bias, is_causal) -> None:
         key = repeat_kv(key, getattr(module, "num_key_value_groups", 1))
-        scores = query @ key.transpose(2, 3) * (query.size(-1) ** -0.5 if scaling is None else scaling)
+        # The queries are scaled, not the scores, which are many more numbers.
+        scores = (query * (query.size(-1) ** -0.5 if scaling is None else scaling)) @ key.transpose(2, 3)
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         causal = causal and attention_mask is None and query.size(2) > 1
         if position_bias is not None:

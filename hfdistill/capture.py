@@ -317,8 +317,12 @@ class Capture:
                     "Remove the term (attention_weight: 0) or map other blocks."
                 )
             setattr(signals, signal, {block: got[block] for block in wanted})
+        known: dict[tuple, Tensor] = {}  # most blocks share one mask
         for block, scores in signals.attention_scores.items():
-            signals.attention_allowed[block] = allowed_pairs(scores, masks[block], signals.attention_mask)
+            kind = (id(masks[block]), scores.shape[2:])
+            if kind not in known:
+                known[kind] = allowed_pairs(scores, masks[block], signals.attention_mask)
+            signals.attention_allowed[block] = known[kind]
         return signals
 
     def _pool(self, output, mask: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .base import DistillationLoss, LossValue
-from .masking import check_mask, log_softmax_over
+from .masking import check_mask, log_softmax_over, softmax_over
 
 
 class _AttentionLoss(DistillationLoss):
@@ -89,14 +89,13 @@ class AttentionScoreMSELoss(_AttentionLoss):
         self.center = center
 
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> LossValue:
-        student, teacher = torch.where(mask, student, 0), torch.where(mask, teacher, 0)
         if self.heads == "mean":
             student, teacher = student.mean(1, keepdim=True), teacher.mean(1, keepdim=True)
-        difference = student - teacher
+        difference = torch.where(mask, student - teacher, 0)
         if self.center:
             row_mean = difference.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
             difference = torch.where(mask, difference - row_mean, 0)
-        return LossValue(difference.square().mean(1).sum(), mask.sum())
+        return LossValue(difference.square().sum() / difference.size(1), mask.sum())
 
 
 class AttentionKLLoss(_AttentionLoss):
@@ -161,6 +160,10 @@ class AttentionMSELoss(_AttentionLoss):
         self.unit = "pairs" if reduction == "pairs" else "rows"
 
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> LossValue:
-        difference = self.log_probabilities(student, mask).exp() - self.log_probabilities(teacher, mask).exp()
+        student, teacher = softmax_over(student, mask), softmax_over(teacher, mask)
+        if self.heads == "equal":
+            difference = student - teacher
+        else:  # queries without a key have averages that differ by rounding
+            difference = torch.where(mask, student.mean(1, keepdim=True) - teacher.mean(1, keepdim=True), 0)
         count = mask.sum() if self.reduction == "pairs" else mask.any(-1).sum()
-        return LossValue(difference.square().mean(1).sum(), count)
+        return LossValue(difference.square().sum() / difference.size(1), count)

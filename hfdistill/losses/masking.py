@@ -61,6 +61,12 @@ def log_softmax_over(scores: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, log_softmax(torch.where(mask, scores, excluded), dim=-1), 0)
 
 
+def softmax_over(scores: Tensor, mask: Tensor) -> Tensor:
+    """Softmax over the entries of the last axis where `mask` is True, 0 at the others; in rows without any, the same number everywhere."""
+    excluded = torch.where(mask.any(-1, keepdim=True), float("-inf"), 0.0).to(scores.dtype)
+    return torch.where(mask, scores, excluded).softmax(dim=-1)
+
+
 def relative_entropy(student_log: Tensor, teacher_log: Tensor) -> Tensor:
     """`p_t * (log p_t - log p_s)`, entry by entry, from log-probabilities; 0 where the teacher's probability is exactly 0."""
     product = teacher_log.exp() * (teacher_log - student_log)
