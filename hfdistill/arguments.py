@@ -144,8 +144,9 @@ class DistillationTrainingArguments(TrainingArguments):
     )
     teacher_store: str | None = _knob(
         None,
-        "Folder (or dataset on the Hub) of stored teacher outputs. Where it does not exist the teacher answers all training data once, "
-        "before training; then it is not run again. {seed} in the name stands for the seed, on which augmentation depends.",
+        "Folder of stored teacher outputs (or a data set on the Hub, hf://datasets/user/name, which is only read). Where it does not exist "
+        "the teacher answers all training data once, before training; then it is not run again. {seed} in the name stands for the seed, "
+        "on which augmentation depends.",
     )
     teacher_store_logits: str = _knob(
         "auto",

@@ -223,6 +223,8 @@ def wrap_teacher(teacher, args, accelerator, pooling: str | None = None) -> Froz
     Raises:
         ValueError: for what is no teacher, and for settings that this teacher cannot follow.
     """
+    if teacher is not None and args.teacher_store is None:
+        _refuse_store_options(args, isinstance(teacher, StoredTeacher))
     if isinstance(teacher, AdaptersOffTeacher):
         for name in ("teacher_dtype", "teacher_quantization", "teacher_compile", "teacher_device", "teacher_model_init_kwargs"):
             if getattr(args, name):
@@ -236,7 +238,11 @@ def wrap_teacher(teacher, args, accelerator, pooling: str | None = None) -> Froz
                 "Pass a copy of the base as the teacher, or use DDP (recipes/accelerate/multi_gpu.yaml)."
             )
         return teacher
-    if teacher is None or isinstance(teacher, StoredTeacher):
+    if teacher is None:
+        return teacher
+    if isinstance(teacher, StoredTeacher):
+        names = ("dtype", "quantization", "compile", "device", "batch_size", "model_init_kwargs")
+        _refuse(args, tuple(f"teacher_{name}" for name in names), "is stored and no model runs")
         return teacher
     module = teacher.model if isinstance(teacher, FrozenTeacher) else teacher
     if not isinstance(module, nn.Module):
@@ -272,6 +278,17 @@ def _refuse(args, names: tuple[str, ...], why: str) -> None:
     for name in names:
         if getattr(args, name):
             raise ValueError(f"{name}={getattr(args, name)!r} would not be used, because the teacher {why}. Remove it.")
+
+
+def _refuse_store_options(args, stored: bool) -> None:
+    """A store that is given as the teacher is as it is, but not all its epochs need to be used."""
+    names = ("teacher_store_logits", "teacher_store_top_k", "teacher_store_dtype", *([] if stored else ["teacher_store_epochs"]))
+    for name in names:
+        if getattr(args, name) != type(args).__dataclass_fields__[name].default:
+            raise ValueError(
+                f"{name}={getattr(args, name)!r} would not be used, because "
+                f"{'the teacher is stored already' if stored else 'nothing is stored without teacher_store'}. Remove it."
+            )
 
 
 def use_channels_last(model: nn.Module, role: str) -> None:

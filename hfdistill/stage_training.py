@@ -29,6 +29,7 @@ from .side_file import changed_maps, save_side_file
 from .stages import Stage, expand_progressive, resolve_stages, stage_arguments
 from .suggest import nearest_or_all
 from .teachers import FrozenTeacher
+from .terms import resolve_terms
 from .trainer import DistillationTrainer
 
 
@@ -105,6 +106,7 @@ def train_stages(
     stages = _expand(resolve_stages(stages), model, args, teachers, build)
     _check_names(stages, datasets, [*teachers, *(["base"] if is_peft_student(model) else [])], build)
     plans = [stage_arguments(args, stage, i, str(Path(args.output_dir) / f"{i}_{stage.name}")) for i, stage in enumerate(stages)]
+    _check_stores(stages, plans)
     teachers = {"base": "base", **teachers}
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
 
@@ -176,6 +178,21 @@ def _check_names(stages: list[Stage], datasets: Mapping, known: list[str], build
                     f"The student of stage {stage.name!r} would take the place of the teacher {stage.name!r}. Give the stage another name."
                 )
             known.append(stage.name)
+
+
+def _check_stores(stages: list[Stage], plans: list[DistillationTrainingArguments]) -> None:
+    """Each stage asks its teacher for its own signals, about its own data: one folder cannot answer two of them."""
+    seen: dict[str, str] = {}
+    for stage, plan in zip(stages, plans):
+        if plan.teacher_store is None or stage.teacher is None or all(term.is_task for term in resolve_terms(plan)):
+            continue
+        folder = plan.teacher_store.replace("{seed}", str(plan.seed))
+        if folder in seen:
+            raise ValueError(
+                f"The stages {seen[folder]!r} and {stage.name!r} would store their teachers in one folder, {folder!r}, but have other "
+                "terms or data. Set teacher_store in each stage (none of them in the run), with a folder of its own."
+            )
+        seen[folder] = stage.name
 
 
 def _release(trainer: DistillationTrainer) -> None:

@@ -28,10 +28,12 @@ from .teachers.precision import (
     quantizable,
     quantize_weights,
 )
+from .teachers.store_table import stored_dtype
 
 
 logger = logging.getLogger(__name__)
 
+_MEASURED = "_hfdistill_measured_dtype"
 _DRIFT_TOKENS = 512
 """Of a language model, so many tokens (and at least one sample) are compared: more would cost memory and say the same."""
 
@@ -109,7 +111,18 @@ class TeacherSetup:
             )
 
     def _measured_dtype(self) -> torch.dtype:
-        """Half precision where it makes the forward pass faster on the first process, else fp32."""
+        """That of the teacher's store where there is one; half precision where it makes the forward pass faster on the first process, else
+        fp32. The model remembers it, so that several trainers (stages, seeds) have the same teacher."""
+        folder = self.args.teacher_store
+        stored = None if folder is None else stored_dtype(folder.replace("{seed}", str(self.args.seed)))
+        if stored is None and (known := getattr(self.teacher.model, _MEASURED, None)) is not None:
+            return known
+        chosen = self._faster_dtype() if stored is None else stored
+        if self.batch is not None:
+            setattr(self.teacher.model, _MEASURED, chosen)
+        return chosen
+
+    def _faster_dtype(self) -> torch.dtype:
         half = self.own if self.own in HALF else torch.bfloat16
         faster = False
         if self.accelerator.is_main_process:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -15,6 +16,9 @@ from .signals import Signals
 from .teacher_setup import TeacherSetup
 from .teachers import FrozenTeacher
 from .trainer_shortcuts import NOTHING
+
+
+logger = logging.getLogger(__name__)
 
 
 class TrainerHardware(Trainer):
@@ -35,6 +39,8 @@ class TrainerHardware(Trainer):
     def train(self, *args, **kwargs):
         """As `Trainer.train`, with freed memory kept for the next step where `keep_memory_pages` is set."""
         keeps = self.args.keep_memory_pages and self.args.device.type == "cpu"
+        if self.args.keep_memory_pages and not keeps:
+            logger.warning("keep_memory_pages has no effect on %s: PyTorch keeps the memory of that device itself.", self.args.device)
         with keep_memory_pages() if keeps else nullcontext():
             return super().train(*args, **kwargs)
 

@@ -18,7 +18,15 @@ class TrainerSearch(Trainer):
 
         Every trial gets a fresh student of its own seed from `model_init` and its own objective, and what could not train is refused
         as at construction. It was tried with optuna alone.
+
+        Raises:
+            ValueError: with `teacher_store`, whose folder is for one run.
         """
+        if self.args.teacher_store is not None:
+            raise ValueError(
+                "hyperparameter_search with teacher_store: trials ask other questions (signals, temperature, seed), and one folder answers "
+                "those of one run. Leave teacher_store out, or store the teacher first and pass teacher=StoredTeacher(folder)."
+            )
         self._search = _Searched(self)
         try:
             return Trainer.hyperparameter_search(self._search, *args, **kwargs)

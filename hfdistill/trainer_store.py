@@ -11,12 +11,13 @@ from torch.utils.data import Dataset
 from transformers import Trainer
 
 from .capture_plan import CapturePlan
-from .counting import EXAMPLE_ID, labels_of
+from .counting import EXAMPLE_ID
 from .losses.logits import SoftTargetsLoss
 from .teachers import FrozenTeacher, StoredTeacher, TeacherStore, store_teacher
 from .teachers.fingerprints import collator_settings, processor_settings
-from .teachers.store_keys import KeyedCollator, changes_with_the_epoch, example_ids
+from .teachers.store_keys import KeyedCollator, changes_with_the_epoch, check_epochs, check_numbered, example_ids
 from .teachers.store_writing import check_kinds
+from .terms import resolve_terms
 from .vocabulary_terms import LANGUAGE_MODELS, loss_rows
 
 
@@ -32,8 +33,11 @@ class TrainerStore(Trainer):
     # ---- Set-up ----
 
     def _stored_teacher(self, teacher):
-        """Where there is a `teacher_store` but no teacher, what is in the folder is the teacher."""
-        return StoredTeacher(self._store_folder) if teacher is None and self.args.teacher_store is not None else teacher
+        """Where there is a `teacher_store` but no teacher, what is in the folder is the teacher of the terms that need one."""
+        if teacher is not None or self.args.teacher_store is None:
+            return teacher
+        wanted = any(not term.is_task for term in resolve_terms(self.args, self._given_terms))
+        return StoredTeacher(self._store_folder) if wanted else None
 
     @property
     def _store_folder(self) -> str:
@@ -64,7 +68,8 @@ class TrainerStore(Trainer):
         check_kinds(self._teacher_plan())
         self._numbered = _lacks_numbers(self.train_dataset)
         if not self._numbered:
-            example_ids(self.train_dataset)
+            check_numbered(self.train_dataset)
+        check_epochs(self._training_collator())
         if getattr(self._training_collator(), "mixes", False):
             changes_with_the_epoch(self.train_dataset, self._training_collator(), [])  # which says why
         kind = self.teacher.store.manifest.logits if stored else args.teacher_store_logits
@@ -151,7 +156,9 @@ class TrainerStore(Trainer):
             logits=args.teacher_store_logits,
             top_k=args.teacher_store_top_k,
             temperature=self._store_temperature() if top_k else 1.0,
+            classes=self.objective.vocabulary,
             rows_of=self._rows_of if language_model else None,
+            positions=self._positions(self.objective.terms.values()) if language_model else None,
             dtype=args.teacher_store_dtype,
             epochs=self._epochs_to_store(),
             batch_size=args.teacher_batch_size or args.per_device_train_batch_size,
@@ -177,7 +184,13 @@ class TrainerStore(Trainer):
         return store
 
     def _rows_of(self, batch):
-        return loss_rows(batch, labels_of(batch), list(self.objective.terms.values()), self.objective.task, self.objective.positions)
+        return loss_rows(batch, list(self.objective.terms.values()), self.objective.task, self.objective.positions)
+
+    def _positions(self, terms) -> list[str]:
+        """What `_rows_of` gives, in words."""
+        terms, kinds = [term for term in terms if term.signal == "logits"], self.objective.positions
+        own = {"labelled" if term.term.is_task or term.loss.unit == "labels" else kinds for term in terms}
+        return [f"{name} ({self.objective.task})" for name in (["all"] if "all" in own else sorted(own))]  # labels are at real tokens
 
     def _collated_rows(self):
         """The training data with the columns that the collator gets in training."""
@@ -197,12 +210,15 @@ class TrainerStore(Trainer):
 
     def _epochs_to_store(self) -> int:
         """As many as the run has, where `teacher_store_epochs` does not say."""
+        return self.args.teacher_store_epochs or self._epochs_of_run()
+
+    def _epochs_of_run(self) -> int:
         args = self.args
-        if args.teacher_store_epochs is not None:
-            return args.teacher_store_epochs
         if args.max_steps <= 0:
             return math.ceil(args.num_train_epochs)
-        batches = math.ceil(len(self.train_dataset) / (args.train_batch_size * self.accelerator.num_processes))
+        batches, whole = len(self.train_dataset), math.floor if args.dataloader_drop_last else math.ceil
+        for cut in (args.train_batch_size, self.accelerator.num_processes):
+            batches = whole(batches / cut)
         return math.ceil(args.max_steps / max(math.ceil(batches / args.gradient_accumulation_steps), 1))
 
     # ---- Training ----
@@ -218,7 +234,7 @@ class TrainerStore(Trainer):
             self._check_stored()
         elif self.teacher is not None and self.args.teacher_store is not None and self._teacher_plan() != CapturePlan(logits=False):
             live, store = self.teacher, self.store_teacher()
-            self._store_epochs = min(self._epochs_to_store(), store.manifest.epochs)
+            self._repeat_epochs(store, min(self._epochs_to_store(), store.manifest.epochs))
             live.capture.release()
             self.teacher = StoredTeacher(store, live if self.args.eval_with_teacher else None)
             self._teacher_rows = self._teacher_projects = True
@@ -235,9 +251,18 @@ class TrainerStore(Trainer):
         self._number_examples()
         self._needs_example_ids = True
         self._signature_columns = None
-        self.teacher.capture.check(self._teacher_plan())
+        plan = self._teacher_plan()
+        self.teacher.capture.check(plan)
+        self._check_stored_examples(store)
+        self._check_stored_rows(store)
+        pooling = store.manifest.fingerprint["teacher"]["pooling"]
+        if plan.pooled and pooling != self.teacher.capture.pooling:
+            raise ValueError(
+                f"The stored teacher's pooled vectors are those of pooling={pooling!r}, but this run has {self.teacher.capture.pooling!r}. "
+                f"Set pooling={pooling!r}, or store the teacher again."
+            )
         then, now = store.manifest.temperature, None
-        if then is not None and self._teacher_plan().logits and (now := self._store_temperature()) != then:
+        if then is not None and plan.logits and (now := self._store_temperature()) != then:
             raise ValueError(
                 f"The mass outside the stored top k is that at temperature {then:g}, but the terms have {now:g}. Set temperature to "
                 f"{then:g}, or store the teacher again."
@@ -251,18 +276,64 @@ class TrainerStore(Trainer):
             now["processors"] += stored["processors"][1:]  # the teacher's own is not here to be compared
             parts.append("processors")
         store.check_fingerprint(now, parts)
-        self._store_epochs = min(self.args.teacher_store_epochs or store.manifest.epochs, store.manifest.epochs)
+        self._repeat_epochs(store, min(self.args.teacher_store_epochs or store.manifest.epochs, store.manifest.epochs))
+
+    def _check_stored_examples(self, store: TeacherStore) -> None:
+        """All examples have answers; of data without columns each is looked up when its batch is, since to read them all takes long."""
+        if not hasattr(self.train_dataset, "with_format"):
+            return
+        ids = example_ids(self.train_dataset)
+        for epoch in range(store.manifest.epochs):
+            there = store.has(ids, epoch)
+            if not there.all():
+                raise ValueError(
+                    f"The stored teacher in {str(store.folder)!r} has no answers to {int((~there).sum())} of {len(ids)} training examples "
+                    f"(such as {EXAMPLE_ID} {ids[~there][0]}): it was stored for {store.manifest.examples} other ones. Train on those, or "
+                    "pass the teacher and name another folder in teacher_store, which stores these."
+                )
+
+    def _check_stored_rows(self, store: TeacherStore) -> None:
+        """Logits are stored at the positions, and of the classes, that are compared."""
+        if not self._teacher_plan().logits:
+            return
+        stored, task = store.manifest.fingerprint["stored"], self.objective.task
+        now = self._positions(self._logit_terms() if self._head == "full" else self.objective.terms.values())
+        then = stored["positions"] if task in LANGUAGE_MODELS else None
+        if then is not None and not {"all", f"all ({task})"} & set(then) and set(now) - set(then):
+            raise ValueError(
+                f"The stored teacher in {str(store.folder)!r} has logits at {' and '.join(then)} positions, but this run compares them at "
+                f"{' and '.join(now)} ones. Set kd_positions to what it was stored with, or store the teacher again."
+            )
+        shared = self.objective.vocabulary or store.manifest.vocabulary
+        if stored["classes"] is not None and stored["classes"] != min(shared, store.manifest.vocabulary):
+            raise ValueError(
+                f"The stored teacher in {str(store.folder)!r} has the largest of {stored['classes']} classes, but student and teacher "
+                f"share {shared}. Store the teacher again, with this student."
+            )
+
+    def _repeat_epochs(self, store: TeacherStore, stored: int) -> None:
+        """Where inputs change from epoch to epoch, those of `stored` ones come again and again."""
+        self._store_epochs = stored
+        if store.manifest.changes and stored < self._epochs_of_run():
+            logger.warning(
+                "The teacher's answers are stored for %d of %d epochs, and inputs change from epoch to epoch: masks and augmentation of "
+                "these are repeated, the student's too. teacher_store_epochs=%d stores all.",
+                stored,
+                self._epochs_of_run(),
+                self._epochs_of_run(),
+            )
 
     def data_epoch(self, epoch: int) -> int:
-        """The epoch that the collator draws for: stored ones are repeated."""
-        return epoch % self._store_epochs if isinstance(self.teacher, StoredTeacher) else epoch
+        """The epoch that the collator draws for: where the teacher's inputs change with it, stored ones are repeated."""
+        repeats = isinstance(self.teacher, StoredTeacher) and self.teacher.store.manifest.changes
+        return epoch % self._store_epochs if repeats else epoch
 
     def get_train_dataloader(self):
         """As `Trainer`; with a stored teacher each batch carries the keys of its examples."""
         if not isinstance(self.teacher, StoredTeacher):
             return super().get_train_dataloader()
         collator = self.data_collator
-        self.data_collator = KeyedCollator(collator, self.teacher.store.manifest.inputs, self._numbered)
+        self.data_collator = KeyedCollator(collator, self.teacher.store.manifest.inputs, self._numbered, self._store_epochs)
         try:
             return super().get_train_dataloader()
         finally:

@@ -131,6 +131,22 @@ def test_half_precision_of_its_own_is_kept_only_where_it_is_faster(fast, clock, 
     assert "differ" not in capsys.readouterr().out  # there never were fp32 weights
 
 
+def test_auto_is_decided_once_for_a_teacher(clock, tmp_path):
+    """Seeds and stages have a trainer each; the second measurement would come out otherwise."""
+    student, teacher = pair()
+    clock.times[torch.bfloat16] = 0.95
+    options = dict(teacher=teacher, teacher_dtype="auto")
+    trainer_for(tmp_path, **options)
+    assert own_dtypes(teacher) == {torch.float32}
+    clock.times[torch.bfloat16] = 0.5
+    trainer_for(tmp_path, **options)
+    assert own_dtypes(teacher) == {torch.float32}
+
+
+def own_dtypes(model) -> set[torch.dtype]:
+    return {parameter.dtype for parameter in model.parameters()}
+
+
 def test_drift_is_that_of_the_batch_and_printed_once(tmp_path, capsys):
     student, teacher = pair()
     own = copy.deepcopy(teacher)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import types
 
 import families
 import pytest
@@ -118,6 +119,14 @@ def test_pages_are_kept_while_training_and_also_let_go_after_an_error(asked, tmp
     with pytest.raises(ZeroDivisionError):
         trainer.train()
     assert events[-3:] == (["kept", "step", "let go"] if asked else ["step"])
+
+
+def test_pages_are_not_kept_for_a_gpu_and_that_is_said(monkeypatch, caplog):
+    monkeypatch.setattr(trainer_hardware, "keep_memory_pages", lambda: pytest.fail("kept"))
+    monkeypatch.setattr(trainer_hardware.Trainer, "train", lambda self: "trained")
+    trainer = object.__new__(trainer_hardware.TrainerHardware)
+    trainer.args = types.SimpleNamespace(keep_memory_pages=True, device=torch.device("cuda", 0))
+    assert trainer.train() == "trained" and "keep_memory_pages has no effect on cuda:0" in caplog.text
 
 
 def test_a_teacher_on_a_device_of_its_own_answers_on_that_of_the_batch(tmp_path):

@@ -41,7 +41,7 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
     Not what a Transformers model keeps in fp32 by name, nor buffers that are not saved: rotary frequencies in half precision would
     put late tokens in the wrong place.
     """
-    for tensor in _castable(model):
+    for tensor in _castable(model, dtype):
         tensor.data = tensor.data.to(dtype)
 
 
@@ -49,7 +49,7 @@ class TwoPrecisions:
     """A model with a second copy of its weights in `dtype`; `swap` changes places. The modules, and hooks on them, stay the same."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
-        self._tensors = list(_castable(model))
+        self._tensors = list(_castable(model, dtype))
         self._others = [tensor.data.to(dtype) for tensor in self._tensors]
         self._swapped = False
 
@@ -64,11 +64,13 @@ class TwoPrecisions:
             self.swap()
 
 
-def _castable(model: nn.Module) -> Iterable[Tensor]:
+def _castable(model: nn.Module, dtype: torch.dtype | None = None) -> Iterable[Tensor]:
+    """Tensors that may be cast; to float16, not those that overflow in it either."""
     tensors = dict(model.state_dict(keep_vars=True))
     inner, kept = unwrap_peft(model), ()
     if isinstance(inner, PreTrainedModel):
         kept = tuple(getattr(inner, "_keep_in_fp32_modules_strict", None) or ())
+        kept += tuple(getattr(inner, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else ()
     else:
         tensors |= dict(model.named_buffers())  # who wrote them expects `model.to(dtype)`
     seen = set()

@@ -30,7 +30,7 @@ class TeacherAsker:
         teacher: a model.
         plan: what is stored.
         example: a small batch with its keys, which decides the columns.
-        logits, top_k, temperature, rows_of, dtype: as for [`store_teacher`].
+        logits, top_k, temperature, classes, rows_of, dtype: as for [`store_teacher`].
 
     Raises:
         ValueError: for kinds of logits that the teacher does not have, and answers that do not fit the tokens of the batch.
@@ -46,6 +46,7 @@ class TeacherAsker:
         temperature: float,
         rows_of: Callable[[Mapping], Tensor] | None,
         dtype: str,
+        classes: int | None = None,
     ):
         self.teacher, self.plan, self.dtype = teacher, plan, dtype
         self.rows_of = rows_of or _real_tokens
@@ -56,7 +57,8 @@ class TeacherAsker:
         self.kind = self._kind(logits, whole.logits) if plan.logits else None
         by_rows = self.kind in ("hidden", "top_k", "top_k_without_tail")
         self.temperature = float(temperature) if by_rows and self.kind != "hidden" else None
-        self.top_k = min(top_k, self.vocabulary) if self.temperature else None
+        self.classes = min(classes or self.vocabulary, self.vocabulary) if self.temperature else None
+        self.top_k = min(top_k, self.classes) if self.temperature else None
         self.head: VocabularyHead | None = self._understand(example) if self.kind == "hidden" else None
         self._restricted = by_rows and (self.head or teacher.capture.understand_head(example)).place is not None
         keys, signals = example[STORE_KEYS], self(example)
@@ -176,7 +178,7 @@ class TeacherAsker:
         if self.kind == "hidden":
             parts["row_features"] = signals.projection.features[:count]
         else:
-            logits = signals.logits[:count].float()
+            logits = signals.logits[:count, : self.classes].float()
             top = logits.topk(self.top_k, dim=-1)
             parts |= {"top_values": top.values, "top_ids": top.indices, "top_logsumexp": (logits / self.temperature).logsumexp(-1)}
         bounds = np.searchsorted(example, np.arange(len(keys.ids) + 1))
@@ -203,8 +205,18 @@ class TeacherAsker:
             "run_pooling": capture.run_pooling,
             "token_ids": None if capture.token_ids is None else capture.token_ids.tolist(),
         }
-        head = {} if self.head is None else {"scale": self.head.scale, "softcap": self.head.softcap}
-        return Manifest({}, self.signals, inputs, plain(about), examples, epochs, self.kind, self.temperature, head, self.vocabulary)
+        return Manifest(
+            {},
+            self.signals,
+            inputs,
+            plain(about),
+            examples,
+            epochs,
+            logits=self.kind,
+            temperature=self.temperature,
+            head={} if self.head is None else {"scale": self.head.scale, "softcap": self.head.softcap},
+            vocabulary=self.vocabulary,
+        )
 
 
 def _tensor(signals: Signals, own: StoredSignal) -> Tensor:

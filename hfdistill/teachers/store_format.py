@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import mmap
 import os
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,11 +21,15 @@ from datasets.fingerprint import Hasher
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .store_files import write_aside
+
 
 MANIFEST = "manifest.json"
 HEAD = "head.safetensors"
 SHARDS = "data"
 FORMAT = 1
+STORE_ID = b"hfdistill_store"
+"""Name in the metadata of a shard under which it says to which manifest it belongs."""
 KEY_COLUMNS = {"example_id": "int64", "epoch": "int32", "input_hash": "int64", "checksum": "int64"}
 _ARROW_TYPES = {"float32": "float32", "float16": "float16", "bfloat16": "int16", "int32": "int32"}
 
@@ -96,9 +102,13 @@ class Manifest:
         inputs: what the teacher read, by the names of its forward pass; hashed by example.
         teacher: what is asked of a teacher that is not there: name, class, config, depth, ...
         examples, epochs: how many answers there are when all are there.
+        example_ids: hash of the numbers of all examples.
+        changes: whether inputs change from epoch to epoch; where not, one epoch answers for all.
+        store_id: drawn when the folder is made, and written into each of its shards.
         logits: `full`, `hidden`, `top_k`, `top_k_without_tail`, or `None`.
         temperature: of the mass outside the `top_k`.
         head: `scale` and `softcap` behind the output embedding, with `hidden`.
+        head_hash: SHA-256 of the file with that embedding.
         vocabulary: classes of the logits.
     """
 
@@ -108,16 +118,24 @@ class Manifest:
     teacher: dict[str, Any]
     examples: int
     epochs: int = 1
+    example_ids: str = ""
+    changes: bool = False
+    store_id: str = field(default_factory=lambda: secrets.token_hex(8))
     logits: str | None = None
     temperature: float | None = None
     head: dict[str, float | None] = field(default_factory=dict)
+    head_hash: str | None = None
     vocabulary: int | None = None
     format: int = FORMAT
 
-    def write(self, folder: Path) -> None:
-        """Writes it aside and renames it."""
+    def write(self, folder: Path, new: bool = False) -> None:
+        """Writes it aside and renames it.
+
+        Raises:
+            ValueError: where it must be `new` and another run has written one meanwhile.
+        """
         text = json.dumps(asdict(self), indent=2)
-        write_aside(folder / MANIFEST, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+        write_aside(folder / MANIFEST, lambda path: path.write_text(text + "\n", encoding="utf-8"), new)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -140,25 +158,24 @@ class Manifest:
             raise ValueError(f"{path} is damaged ({error}). Delete the folder and store the teacher again.") from error
 
 
-def write_aside(path: Path, write) -> None:
-    """`write(temporary path)`, then a rename: the file is there whole, or not at all, whenever the process is killed."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    write(partial)
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def write_head(folder: Path, weight: Tensor, bias: Tensor | None) -> None:
-    """The output embedding of the teacher."""
+def write_head(folder: Path, weight: Tensor, bias: Tensor | None) -> str:
+    """The output embedding of the teacher; returns the hash of the file."""
     tensors = {"weight": weight, **({} if bias is None else {"bias": bias})}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_aside(folder / HEAD, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    return _file_hash(folder / HEAD)
 
 
-def read_head(folder: Path) -> dict[str, Tensor]:
-    """Raises `ValueError` where it is missing or damaged."""
+def _file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_head(folder: Path, expected: str | None) -> dict[str, Tensor]:
+    """Raises `ValueError` where it is missing, damaged, or not the file with the hash `expected`."""
     try:
+        if _file_hash(folder / HEAD) != expected:
+            raise ValueError("it is not the one that the manifest was written with")
         return load_file(folder / HEAD)
     except Exception as error:  # safetensors has errors of its own
         raise ValueError(f"{folder / HEAD} cannot be read ({error}). Delete the folder and store the teacher again.") from error
@@ -191,9 +208,10 @@ def table_features(signals: Sequence[StoredSignal]) -> Features:
     return Features(columns)
 
 
-def write_shard(path: Path, signals: Sequence[StoredSignal], rows: Sequence[StoredRow]) -> None:
+def write_shard(path: Path, signals: Sequence[StoredSignal], rows: Sequence[StoredRow], store_id: str) -> None:
     """One record batch of Arrow's stream format, as `datasets` writes and reads it."""
     schema = table_features(signals).arrow_schema
+    schema = schema.with_metadata({**(schema.metadata or {}), STORE_ID: store_id})
     checksums = [_checksum(row.example_id, row.epoch, row.input_hash, [row.values[own.column] for own in signals]) for row in rows]
     arrays = [
         pa.array([row.example_id for row in rows], pa.int64()),
@@ -227,12 +245,13 @@ class Shard:
     Args:
         path: of the file.
         signals: its columns.
+        store_id: of its manifest.
 
     Raises:
-        ValueError: for a file that was cut off, or has other columns than the manifest says.
+        ValueError: for a file that was cut off, has other columns than the manifest says, or belongs to another one.
     """
 
-    def __init__(self, path: Path, signals: Sequence[StoredSignal]):
+    def __init__(self, path: Path, signals: Sequence[StoredSignal], store_id: str):
         self.path, self.signals = path, list(signals)
         self._file: io.FileIO | None = None
         try:
@@ -240,6 +259,8 @@ class Shard:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             start = _address(np.frombuffer(mapped, np.uint8))
             batch = pa.ipc.open_stream(pa.py_buffer(mapped)).read_next_batch()
+            batch.validate(full=True)  # offsets, by which rows are found
+            written = (batch.schema.metadata or {}).get(STORE_ID, b"").decode()
             keys = {name: batch.column(name).to_numpy(zero_copy_only=True).copy() for name in KEY_COLUMNS}
             self._columns = {own.column: _place(batch.column(own.column), own, start) for own in self.signals}
         except (OSError, ValueError, KeyError, StopIteration, pa.ArrowException) as error:  # of an empty file too
@@ -247,6 +268,11 @@ class Shard:
                 f"{path} is damaged ({str(error).splitlines()[0] if str(error) else type(error).__name__}). Delete this file: the next "
                 "run with the teacher writes its answers again."
             ) from error
+        if written != store_id:
+            raise ValueError(
+                f"{path} was written with another {MANIFEST} (store {written or 'unknown'}, not {store_id}), so it may be of another "
+                "teacher. Delete this file: the next run with the teacher writes its answers again."
+            )
         self.ids, self.epochs, self.hashes, self._checksums = keys.values()
         self._checked = np.zeros(len(self.ids), dtype=bool)
 

@@ -9,9 +9,11 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from ..redaction import shareable
+from .store_format import HEAD, MANIFEST, SHARDS
 
 
 CARD = "README.md"
+_FILES = (MANIFEST, HEAD, f"{SHARDS}/*.arrow")
 
 
 def store_card(store) -> str:
@@ -57,16 +59,24 @@ def upload_store(store, repo_id: str, private: bool | None, token: str | None, r
     """
     if not store.complete:
         raise ValueError(f"{store!r} is not complete: others could not train from it. Let the run with the teacher finish first.")
-    (store.folder / CARD).write_text(store_card(store), encoding="utf-8")
     api = HfApi(token=token)
     api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+    # not through a file in the folder, which may be a link into the cache of the Hub
+    api.upload_file(
+        path_or_fileobj=store_card(store).encode(),
+        path_in_repo=CARD,
+        repo_id=repo_id,
+        repo_type="dataset",
+        revision=revision,
+        commit_message="Card of stored answers",
+    )
     done = api.upload_folder(
         repo_id=repo_id,
         repo_type="dataset",
         folder_path=store.folder,
         revision=revision,
         commit_message="Stored answers of a teacher",
-        allow_patterns=["manifest.json", CARD, "*.safetensors", "data/*.arrow"],
+        allow_patterns=list(_FILES),
     )
     return str(getattr(done, "commit_url", done))
 
@@ -79,7 +89,7 @@ def download_store(repo_id: str) -> Path:
     """
     name, _, revision = repo_id.partition("@")
     try:
-        return Path(snapshot_download(name, repo_type="dataset", revision=revision or None))
+        return Path(snapshot_download(name, repo_type="dataset", revision=revision or None, allow_patterns=list(_FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first = json.dumps(str(error).strip().splitlines()[0][:160]) if str(error).strip() else type(error).__name__
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,13 +49,14 @@ class KeyedCollator:
         collator: makes the batch; one row of it for each example, in their order.
         inputs (`list[str]`): columns that the teacher reads.
         numbered (`bool`): the column `example_id` was added for the store, and `collator` need not see it.
+        epochs (`int`, *optional*): how many are stored; later ones have the keys of these. Default: all.
 
     Raises:
         ValueError: when called, for rows without `example_id`, and for a collator that makes more or fewer rows than it gets.
     """
 
-    def __init__(self, collator: Callable, inputs: Sequence[str], numbered: bool = False):
-        self.collator, self.inputs, self.numbered = collator, list(inputs), numbered
+    def __init__(self, collator: Callable, inputs: Sequence[str], numbered: bool = False, epochs: int | None = None):
+        self.collator, self.inputs, self.numbered, self.epochs = collator, list(inputs), numbered, epochs
         self.columns = tuple(getattr(collator, "columns", ()))  # which the trainer keeps for it
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -64,7 +66,7 @@ class KeyedCollator:
                 f"dataset.add_column({EXAMPLE_ID!r}, range(len(dataset)))."
             )
         ids = np.array([int(row[EXAMPLE_ID]) for row in rows], dtype=np.int64)
-        epoch = int(getattr(self.collator, "epoch", 0))
+        epoch = int(getattr(self.collator, "epoch", 0)) % (self.epochs or sys.maxsize)
         if self.numbered:
             rows = [{name: value for name, value in row.items() if name != EXAMPLE_ID} for row in rows]
         batch = dict(self.collator(rows))
@@ -105,6 +107,8 @@ def real_tokens(batch: Mapping) -> np.ndarray | None:
 def example_hashes(batch: Mapping, inputs: Sequence[str], mask: np.ndarray | None) -> np.ndarray:
     """64 bits for each example, of what the teacher reads of it without padding.
 
+    Padding on the right changes nothing before it. Anywhere else it moves tokens to other positions, so its place is hashed too.
+
     Shapes:
         mask: bool `(batch, length)`; `None` for no padding.
         returns: int64 `(batch,)`.
@@ -119,8 +123,9 @@ def example_hashes(batch: Mapping, inputs: Sequence[str], mask: np.ndarray | Non
         columns[name] = value.contiguous().numpy()
     size = len(next(iter(columns.values())))
     hashes = np.empty(size, dtype=np.uint64)
+    shifted = np.zeros(size, dtype=bool) if mask is None else (mask[:, 1:] & ~mask[:, :-1]).any(1)
     for i in range(size):
-        pieces = []
+        pieces = [f"at {np.flatnonzero(mask[i]).tolist()}".encode()] if shifted[i] else []
         for name, values in columns.items():
             row = values[i]
             if mask is not None and values.shape[:2] == mask.shape:
@@ -130,11 +135,11 @@ def example_hashes(batch: Mapping, inputs: Sequence[str], mask: np.ndarray | Non
     return hashes.view(np.int64)
 
 
-def example_ids(dataset) -> np.ndarray:
-    """`example_id` of every row, int64 `(rows,)`.
+def check_numbered(dataset) -> None:
+    """Looks at the first row alone.
 
     Raises:
-        ValueError: for data without a length, without that column, and for numbers that are no whole numbers.
+        ValueError: for data without a length, or without the column `example_id`.
     """
     if isinstance(dataset, torch.utils.data.IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise ValueError(
@@ -149,6 +154,15 @@ def example_ids(dataset) -> np.ndarray:
             f"The training data has no column {EXAMPLE_ID!r}, only {sorted(names or ())}, so stored answers could not be found. Add one "
             f"number for each example: dataset.add_column({EXAMPLE_ID!r}, range(len(dataset)))."
         )
+
+
+def example_ids(dataset) -> np.ndarray:
+    """`example_id` of every row, int64 `(rows,)`; reads all rows where there are no columns.
+
+    Raises:
+        ValueError: as [`check_numbered`], for numbers that are no whole numbers, and for one that stands twice.
+    """
+    check_numbered(dataset)
     if hasattr(dataset, "with_format"):
         values = dataset.with_format(None)[EXAMPLE_ID][:]
     else:
@@ -156,7 +170,19 @@ def example_ids(dataset) -> np.ndarray:
     ids = np.asarray(values)
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"The column {EXAMPLE_ID!r} must hold one whole number for each example, so that it is known again.")
+    unique, counts = np.unique(ids, return_counts=True)
+    if len(unique) < len(ids):
+        raise ValueError(
+            f"{len(ids) - len(unique)} rows have an {EXAMPLE_ID!r} that another row has too, such as {unique[counts > 1][0]}: one answer "
+            f"would stand for several. Number them anew: dataset.remove_columns({EXAMPLE_ID!r}).add_column({EXAMPLE_ID!r}, "
+            "range(len(dataset))), with the data sets put together first."
+        )
     return ids.astype(np.int64)
+
+
+def ids_hash(ids: np.ndarray) -> str:
+    """16 hex digits of the set of numbers, whatever their order."""
+    return Hasher.hash_bytes([np.unique(ids).astype(np.int64)])
 
 
 @contextmanager
@@ -171,12 +197,24 @@ def random_states_kept() -> Iterator[None]:
         np.random.set_state(states[1])
 
 
-def changes_with_the_epoch(dataset, collator: Callable, columns: Sequence[str], numbered: bool = False) -> bool:
-    """Whether the collator makes other inputs of the same rows in another epoch; looks at a few rows.
+def check_epochs(collator: Callable) -> None:
+    """Raises `ValueError` for a collator that is told its epoch and does not tell: answers of two epochs would have one key."""
+    if hasattr(collator, "set_epoch") and not hasattr(collator, "epoch"):
+        raise ValueError(
+            f"{_name(collator)} has set_epoch and no attribute epoch, so it is not known for which epoch a batch was made, and stored "
+            "answers could not be told apart. Give it a property epoch that workers see too, as MaskingCollator has."
+        )
+
+
+def changes_with_the_epoch(
+    dataset, collator: Callable, columns: Sequence[str], numbered: bool = False, rows_of: Callable[[Mapping], Tensor] | None = None
+) -> bool:
+    """Whether the collator makes other inputs of the same rows in another epoch, or other positions are stored; looks at a few rows.
 
     Args:
         columns: that the teacher reads.
         numbered: see [`KeyedCollator`].
+        rows_of (*optional*): gives the positions of a batch whose logits are stored, which may depend on labels drawn for the student.
 
     Raises:
         ValueError: for inputs that could not be made again: drawn without a seed, or dependent on the other rows of the batch.
@@ -186,12 +224,16 @@ def changes_with_the_epoch(dataset, collator: Callable, columns: Sequence[str], 
             "mixup and cutmix make images of a whole batch, whose rows are drawn anew in each epoch: what the teacher says to them cannot "
             "be stored by example. Set mixup_alpha and cutmix_alpha to 0, or leave teacher_store out."
         )
+    check_epochs(collator)
     count = min(len(dataset), PROBED_ROWS)
 
     def hashes(places: Sequence[int]) -> np.ndarray:
         rows = [dataset[i] for i in places]
         plain = KeyedCollator(collator, [], numbered)(rows)
         return KeyedCollator(lambda _: plain, input_columns(plain, columns))(rows)[STORE_KEYS].hashes
+
+    def positions() -> Tensor:
+        return torch.empty(0) if rows_of is None else rows_of(KeyedCollator(collator, [], numbered)([dataset[i] for i in range(count)]))
 
     with random_states_kept():
         epoch = int(getattr(collator, "epoch", 0))
@@ -202,7 +244,7 @@ def changes_with_the_epoch(dataset, collator: Callable, columns: Sequence[str], 
                 "belongs to the example, so the stored answers would be those to other inputs. Use a collator whose draws depend on seed, "
                 "epoch and example_id (MaskingCollator, ImageCollator), or leave teacher_store out."
             )
-        backwards = np.concatenate([hashes([i]) for i in range(count - 1, -1, -1)][: min(count, 8)])
+        backwards = np.concatenate([hashes([i]) for i in range(count - 1, max(count - 9, -1), -1)])
         if not np.array_equal(first[::-1][: len(backwards)], backwards):
             raise ValueError(
                 f"What {_name(collator)} makes of a row depends on the other rows of its batch, which are others in each epoch: answers "
@@ -211,8 +253,9 @@ def changes_with_the_epoch(dataset, collator: Callable, columns: Sequence[str], 
         if not hasattr(collator, "set_epoch"):
             return False
         try:
+            before = positions()
             collator.set_epoch(epoch + 1)
-            return not np.array_equal(first, hashes(range(count)))
+            return not np.array_equal(first, hashes(range(count))) or not torch.equal(before, positions())
         finally:
             collator.set_epoch(epoch)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from .fingerprints import differences
 from .store_format import MANIFEST, SHARDS, Manifest, Shard, StoredSignal, read_head
 from .store_hub import download_store, upload_store
+from .store_keys import ids_hash
 
 
 OPEN_FILES = 128
@@ -32,7 +32,7 @@ class TeacherStore:
 
     Args:
         folder (`str` or `os.PathLike`): as [`store_teacher`] or a run with `teacher_store` has written it, or a data set on the Hub
-            (`hf://datasets/user/name`, or `user/name` where there is no such folder).
+            (`hf://datasets/user/name`, with `@revision` for one of its versions), which is only read.
 
     Raises:
         ValueError: for a folder without a store, of a newer format, and for damaged shards, which are named.
@@ -46,7 +46,8 @@ class TeacherStore:
 
     def refresh(self) -> None:
         """Opens the shards that are there now."""
-        self.shards = [Shard(path, self.manifest.signals) for path in sorted((self.folder / SHARDS).glob("*.arrow"))]
+        paths = sorted((self.folder / SHARDS).glob("*.arrow"))
+        self.shards = [Shard(path, self.manifest.signals, self.manifest.store_id) for path in paths]
         self._first = np.cumsum([0, *(len(shard) for shard in self.shards)])
         self._index = _index(self.shards)
         self._open: dict[int, Shard] = {}  # the last one used last
@@ -62,8 +63,9 @@ class TeacherStore:
 
     @property
     def complete(self) -> bool:
-        """Whether all answers are there."""
-        return len(self) >= self.manifest.examples * self.manifest.epochs
+        """Whether the answers to all examples are there in each epoch."""
+        epochs = range(self.manifest.epochs)
+        return all(epoch in self._index and ids_hash(self._index[epoch][0]) == self.manifest.example_ids for epoch in epochs)
 
     @property
     def bytes(self) -> int:
@@ -144,7 +146,7 @@ class TeacherStore:
     def head(self) -> dict[str, Tensor]:
         """`weight` and `bias` of the teacher's output embedding, read on first use."""
         if self._head is None:
-            self._head = read_head(self.folder)
+            self._head = read_head(self.folder, self.manifest.head_hash)
         return self._head
 
     def lost_mass(self, examples: int = 1000) -> tuple[float, float]:
@@ -153,13 +155,14 @@ class TeacherStore:
         Args:
             examples: how many answers are looked at, spread over the table.
         """
-        places = [(shard, row) for shard in self.shards for row in range(len(shard))]
+        chosen = np.unique(np.linspace(0, self._first[-1] - 1, min(examples, self._first[-1]), dtype=np.int64))
+        numbers = np.searchsorted(self._first, chosen, side="right") - 1
         values, sums = self.columns["top_values"], self.columns["top_logsumexp"]
         lost = []
-        for shard, row in places[:: max(1, len(places) // examples)]:
+        for number, row in zip(numbers.tolist(), (chosen - self._first[numbers]).tolist()):
+            shard = self._shard(number)
             top = values.unpack(shard.row(values.column, row)).float().view(-1, values.size) / self.manifest.temperature
             lost.append(1 - (top.logsumexp(1) - torch.from_numpy(shard.row(sums.column, row))).exp())
-            shard.close()
         seen = torch.cat(lost).clamp(min=0)
         return float(seen.mean()), float(seen.quantile(0.99)) if len(seen) < 10**6 else float(seen.sort().values[int(0.99 * len(seen))])
 
@@ -178,19 +181,28 @@ class TeacherStore:
 
 def resolve_folder(folder: str | os.PathLike) -> Path:
     """The folder itself, or a copy of the data set on the Hub of that name."""
-    name = os.fspath(folder)
-    if name.startswith(_HUB):
-        return download_store(name.removeprefix(_HUB))
-    path = Path(name)
-    if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        return download_store(name)
-    return path
+    return download_store(os.fspath(folder).removeprefix(_HUB)) if is_remote(folder) else Path(folder)
 
 
-def is_store(folder: str | os.PathLike) -> bool:
-    """Whether a store has been begun there, or the name is one of the Hub."""
+def is_remote(folder: str | os.PathLike) -> bool:
+    """Whether it is a data set on the Hub.
+
+    Raises:
+        ValueError: for a misspelt one, which would be a folder called `hf:`.
+    """
     name = os.fspath(folder)
-    return name.startswith(_HUB) or (Path(name) / MANIFEST).is_file()
+    if name.startswith("hf:") and not name.startswith(_HUB):
+        raise ValueError(f"A stored teacher on the Hub is called {_HUB}user/name, got {name!r}.")
+    return name.startswith(_HUB)
+
+
+def stored_dtype(folder: str | os.PathLike) -> torch.dtype | None:
+    """In which precision the teacher was stored there: half where most of its weights are; `None` where nothing is."""
+    path = resolve_folder(folder)
+    if not (path / MANIFEST).is_file():
+        return None
+    names = Manifest.read(path).fingerprint["teacher"]["dtype"].split(", ")
+    return next((getattr(torch, name) for name in ("bfloat16", "float16", "float32") if name in names), None)
 
 
 def _index(shards: Sequence[Shard]) -> dict[int, tuple[np.ndarray, np.ndarray]]:

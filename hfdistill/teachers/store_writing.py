@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -21,9 +22,10 @@ from ..signals import ATTENTION_SIGNALS
 from .fingerprints import collator_settings, config_settings, library_versions, plain, processor_settings, weights_hash
 from .frozen import FrozenTeacher
 from .store_asking import KINDS, TeacherAsker
+from .store_files import remove_partials
 from .store_format import HEAD, MANIFEST, SHARDS, Manifest, StoredRow, StoredSignal, write_head, write_shard
-from .store_keys import STORE_KEYS, KeyedCollator, changes_with_the_epoch, example_ids, input_columns, random_states_kept
-from .store_table import TeacherStore
+from .store_keys import STORE_KEYS, KeyedCollator, changes_with_the_epoch, example_ids, ids_hash, input_columns, random_states_kept
+from .store_table import TeacherStore, is_remote, resolve_folder
 
 
 SHARD_ROWS = 2048
@@ -40,7 +42,9 @@ def store_teacher(
     logits: str = "auto",
     top_k: int = 64,
     temperature: float = 1.0,
+    classes: int | None = None,
     rows_of: Callable[[Mapping], Tensor] | None = None,
+    positions: Sequence[str] | None = None,
     dtype: str = "float16",
     epochs: int | None = 1,
     batch_size: int = 32,
@@ -59,7 +63,7 @@ def store_teacher(
     the answers that are missing, with any number of processes.
 
     Args:
-        folder: is made; one with other answers is refused.
+        folder: is made; one with other answers is refused. A data set on the Hub (`hf://datasets/user/name`) is only read.
         teacher ([`FrozenTeacher`] or `nn.Module`): a model; answers of functions have no fingerprint.
         dataset: map-style, with one `example_id` for each example.
         collator: makes the batches of training; what it draws depends on seed, epoch and `example_id` alone.
@@ -68,8 +72,10 @@ def store_teacher(
             `dtype`; `top_k` with one bucket for all other classes; `top_k_without_tail`, which is biased; or `auto`: `hidden` for
             vocabularies, else `full`.
         top_k, temperature: of `top_k`; the mass outside is known at this temperature alone.
+        classes (*optional*): of `top_k`, how many classes of the vocabulary the student has too; others are left out. Default: all.
         rows_of (*optional*): gives the positions of a batch whose logits of a vocabulary are stored, integer in its flattened
             `(batch * length)`. Default: all real tokens.
+        positions (*optional*): what `rows_of` gives, in words, for the fingerprint.
         dtype: what is written: `float32`, `bfloat16` or `float16`.
         epochs: how many are stored, where inputs change from epoch to epoch; where they do not, one.
         batch_size, num_workers: of the pass over the data.
@@ -85,25 +91,33 @@ def store_teacher(
     plan = plan or CapturePlan()
     teacher = teacher if isinstance(teacher, FrozenTeacher) else FrozenTeacher(teacher)
     check_kinds(plan, logits)
-    folder, ids = Path(folder), example_ids(dataset)
+    remote, folder, ids = is_remote(folder), resolve_folder(folder), example_ids(dataset)
     if (folder / MANIFEST).is_file():  # what is there may be more than this run needs, and is then completed
         plan = plan.union(_plan_of(Manifest.read(folder).signals))
     teacher.capture.run_pooling = pooling
     with random_states_kept():
-        changes = changes_with_the_epoch(dataset, collator, teacher.columns, numbered)
+        by_rows = plan.logits and logits != "full"
+        changes = changes_with_the_epoch(dataset, collator, teacher.columns, numbered, rows_of if by_rows else None)
         epochs = (epochs or 1) if changes else 1
         first = [dataset[i] for i in range(min(2, len(dataset)))]
         inputs = input_columns(KeyedCollator(collator, [], numbered)(first), teacher.columns)
         keyed = KeyedCollator(collator, inputs, numbered)
-        asker = TeacherAsker(teacher, plan, keyed(first), logits, top_k, temperature, rows_of, dtype)
-        manifest = asker.manifest(inputs, len(np.unique(ids)), epochs)
-        manifest.fingerprint = store_fingerprint(teacher, collator, processors, manifest, dtype, changes)
-        if process_index == 0:
+        asker = TeacherAsker(teacher, plan, keyed(first), logits, top_k, temperature, rows_of, dtype, classes)
+        manifest = replace(asker.manifest(inputs, len(ids), epochs), example_ids=ids_hash(ids), changes=changes)
+        about_rows = {"classes": asker.classes, "positions": _positions(manifest, rows_of, positions)}
+        manifest.fingerprint = store_fingerprint(teacher, collator, processors, manifest, dtype, about_rows)
+        if process_index == 0 and not remote:
             _prepare(folder, manifest, asker)
         wait()
         store = TeacherStore(folder)
         store.check_fingerprint(manifest.fingerprint)
-        writer = _ShardWriter(folder, store.manifest.signals, process_index)
+        if remote and not all(store.has(ids, epoch).all() for epoch in range(epochs)):
+            raise ValueError(
+                f"{store!r} is on the Hub, where nothing is added to it, and has not all answers to {len(ids)} examples and {epochs} "
+                "epochs of this run. Copy it into a folder (`hf download --repo-type dataset --local-dir`) and name that, or store fewer "
+                "epochs."
+            )
+        writer = _ShardWriter(folder, store.manifest, process_index)
         bar = tqdm(total=manifest.examples * epochs, desc="Storing the teacher", unit="example", disable=not progress or process_index != 0)
         for epoch in range(epochs):
             missing = _missing(store, ids, epoch)
@@ -139,12 +153,12 @@ def check_kinds(plan: CapturePlan, logits: str = "auto") -> None:
 
 
 def store_fingerprint(
-    teacher: FrozenTeacher, collator, processors: Sequence[Any], manifest: Manifest, dtype: str, changes: bool
+    teacher: FrozenTeacher, collator, processors: Sequence[Any], manifest: Manifest, dtype: str, about_rows: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Everything that decides the stored answers, in JSON types; a seed where inputs change with the epoch alone."""
     capture, dtypes = teacher.capture, {str(p.dtype).removeprefix("torch.") for p in teacher.model.parameters()}
     pooled = any(column.signal == "pooled" for column in manifest.signals)
-    own = {name: value for name, value in collator_settings(collator).items() if changes or name != "seed"}
+    own = {name: value for name, value in collator_settings(collator).items() if manifest.changes or name != "seed"}
     fingerprint = {
         "teacher": {
             "class": type(capture.inner).__name__,
@@ -156,6 +170,7 @@ def store_fingerprint(
             "pooling": capture.pooling if pooled else None,
         },
         "examples": manifest.examples,
+        "example_ids": manifest.example_ids,
         "inputs": manifest.inputs,
         "processors": [processor_settings(processor) for processor in processors],
         "collator": own,
@@ -165,10 +180,18 @@ def store_fingerprint(
             "logits": manifest.logits,
             "top_k": next((own.size for own in manifest.signals if own.signal == "top_ids"), None),
             "temperature": manifest.temperature,
+            **about_rows,
         },
         "versions": library_versions(),
     }
     return json.loads(json.dumps(fingerprint))  # as it is read back
+
+
+def _positions(manifest: Manifest, rows_of, given: Sequence[str] | None) -> list[str] | None:
+    """At which positions logits are stored; `None` where they are stored whole."""
+    if manifest.logits in (None, "full"):
+        return None
+    return ["all"] if rows_of is None else sorted(given or ["chosen by a function"])
 
 
 def _autocast_dtype(teacher: FrozenTeacher) -> str | None:
@@ -188,9 +211,8 @@ def _plan_of(signals: Sequence[StoredSignal]) -> CapturePlan:
 
 
 def _missing(store: TeacherStore, ids: np.ndarray, epoch: int) -> np.ndarray:
-    """Places in the data of the examples without an answer, each example once."""
-    unique, places = np.unique(ids, return_index=True)
-    return np.sort(places[~store.has(unique, epoch)])
+    """Places in the data of the examples without an answer."""
+    return np.flatnonzero(~store.has(ids, epoch))
 
 
 def _answers(asker: TeacherAsker, dataset, keyed: KeyedCollator, places: np.ndarray, epoch: int, batch_size: int, num_workers: int):
@@ -222,6 +244,11 @@ def _prepare(folder: Path, manifest: Manifest, asker: TeacherAsker) -> None:
                 f"teacher_store {str(folder)!r} holds other files ({', '.join(sorted(others)[:3])}) and no {MANIFEST}: the table would be "
                 "mixed up with them. Give a new or empty folder."
             )
+        if any((folder / SHARDS).glob("*.arrow")):
+            raise ValueError(
+                f"teacher_store {str(folder)!r} holds answers and no {MANIFEST}, so of which teacher they are is not known. Delete the "
+                "folder: this run then stores its teacher there."
+            )
         (folder / SHARDS).mkdir(parents=True, exist_ok=True)
         needed, free = asker.bytes_per_example * manifest.examples * manifest.epochs, shutil.disk_usage(folder).free
         if needed > free:
@@ -231,18 +258,18 @@ def _prepare(folder: Path, manifest: Manifest, asker: TeacherAsker) -> None:
                 "(teacher_store_logits=top_k), or choose another disk."
             )
         if asker.head is not None:
-            write_head(folder, asker.head.embedding.weight, asker.head.embedding.bias)
-        manifest.write(folder)  # last: where it is, the head is
-    for partial in [*folder.glob(".*.partial"), *(folder / SHARDS).glob(".*.partial")]:  # of a run that was killed
-        partial.unlink(missing_ok=True)
+            manifest.head_hash = write_head(folder, asker.head.embedding.weight, asker.head.embedding.bias)
+        manifest.write(folder, new=True)  # last: where it is, the head is
+    for place in (folder, folder / SHARDS):
+        remove_partials(place)
 
 
 class _ShardWriter:
-    """Collects rows and writes them as shards of this process, under numbers that are free."""
+    """Collects rows and writes them as shards of this process, under names that no other run has, which may write at the same time."""
 
-    def __init__(self, folder: Path, signals: Sequence[StoredSignal], process_index: int):
-        self.folder, self.signals, self.process = folder / SHARDS, list(signals), process_index
-        taken = [int(path.stem.rpartition("-")[2]) for path in self.folder.glob(f"part-{process_index:04d}-*.arrow")]
+    def __init__(self, folder: Path, manifest: Manifest, process_index: int):
+        self.folder, self.manifest, self.process, self.run = folder / SHARDS, manifest, process_index, secrets.token_hex(4)
+        taken = [int(path.stem.split("-")[2]) for path in self.folder.glob(f"part-{process_index:04d}-*.arrow")]
         self.number, self.pending, self.bytes = max(taken, default=-1) + 1, [], 0
 
     def add(self, row: StoredRow) -> None:
@@ -254,5 +281,6 @@ class _ShardWriter:
     def close(self) -> None:
         """Writes what is left."""
         if self.pending:
-            write_shard(self.folder / f"part-{self.process:04d}-{self.number:06d}.arrow", self.signals, self.pending)
+            path = self.folder / f"part-{self.process:04d}-{self.number:06d}-{self.run}.arrow"
+            write_shard(path, self.manifest.signals, self.pending, self.manifest.store_id)
             self.number, self.pending, self.bytes = self.number + 1, [], 0

@@ -229,7 +229,9 @@ class StoredTeacher:
             signals.projection = Projection(features, head["weight"], head.get("bias"), **manifest.head)
             if rows is None:
                 made = signals.projection.logits()
-                signals.logits = made.new_zeros(shape[0] * shape[1], made.size(1)).index_copy(0, wanted, made).view(*shape, -1)
+                # positions that were never stored are NaN: a zero would be an answer, of a uniform teacher.
+                missing = made.new_full((shape[0] * shape[1], made.size(1)), float("nan"))
+                signals.logits = missing.index_copy(0, wanted, made).view(*shape, -1)
                 signals.rows = signals.projection = None
         else:
             signals.top_logits = TopLogits(

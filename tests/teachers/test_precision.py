@@ -51,6 +51,20 @@ def test_a_cast_model_is_the_one_that_from_pretrained_gives(tmp_path):
         assert torch.equal(model(**batch).logits, loaded(**batch).logits)
 
 
+def test_what_overflows_in_float16_stays_in_float32(monkeypatch):
+    """T5 names such layers; in bfloat16, which has the range of float32, they are cast too."""
+    for dtype, kept in ((torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        model = families.build("bert", 2)
+        monkeypatch.setattr(model, "_keep_in_fp32_modules", {"intermediate"})
+        weights = precision.TwoPrecisions(model, dtype)
+        weights.swap()
+        assert model.bert.encoder.layer[1].intermediate.dense.weight.dtype == kept
+        weights.restore()
+        cast_weights(model, dtype)
+        layer = model.bert.encoder.layer[1]
+        assert layer.intermediate.dense.weight.dtype == kept and layer.output.dense.weight.dtype == dtype
+
+
 def test_other_modules_are_cast_whole():
     class Net(nn.Module):
         def __init__(self):

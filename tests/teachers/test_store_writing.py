@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,12 +20,18 @@ from stored_runs import bert, corpus_rows, images, numbered_rows, tokenizer, wri
 
 from hfdistill import CausalCollator, MaskingCollator, TeacherStore, store_teacher
 from hfdistill.capture_plan import CapturePlan
-from hfdistill.teachers import store_format, store_writing
+from hfdistill.teachers import store_files, store_format, store_keys, store_writing
 from hfdistill.teachers.store_format import Shard, StoredSignal
 
 
 def names(folder) -> list[str]:
-    return sorted(path.name for path in (Path(folder) / "data").iterdir())
+    """Of the files in `data`, shards without the suffix of the run that wrote them."""
+    return sorted(re.sub(r"-[0-9a-f]{8}\.arrow$", ".arrow", path.name) for path in (Path(folder) / "data").iterdir())
+
+
+def shard_path(folder, process: int = 0) -> Path:
+    (path,) = (Path(folder) / "data").glob(f"part-000{process}-000000-*.arrow")
+    return path
 
 
 def contents(store: TeacherStore) -> dict[tuple[int, int], list[np.ndarray]]:
@@ -114,7 +121,7 @@ def test_processes_share_the_work_and_another_number_goes_on(processes, tmp_path
     assert names(tmp_path / "many") == [f"part-000{i}-000000.arrow" for i in range(processes)]
     one = write(tmp_path / "one")
     assert_equal(TeacherStore(tmp_path / "many"), one)
-    (tmp_path / "many/data/part-0001-000000.arrow").unlink()
+    shard_path(tmp_path / "many", 1).unlink()
     assert not TeacherStore(tmp_path / "many").complete
     assert_equal(write(tmp_path / "many"), one)
     assert "part-0000-000001.arrow" in names(tmp_path / "many")
@@ -125,7 +132,7 @@ import os, signal, sys
 from pathlib import Path
 from stored_runs import bert, numbered_rows, pad_without_number
 from hfdistill import store_teacher
-from hfdistill.teachers import store_format, store_writing
+from hfdistill.teachers import store_files, store_format, store_writing
 store_writing.SHARD_ROWS = 4
 replaced, original = 0, os.replace
 def replace(*args):
@@ -188,17 +195,17 @@ def replace_file(path: Path, content: bytes) -> None:
 
 def test_truncated_and_altered_shards_are_named(tmp_path):
     store = write(tmp_path)
-    path = tmp_path / "data/part-0000-000000.arrow"
+    path = shard_path(tmp_path)
     whole, value = path.read_bytes(), store.shards[0].row("logits", 7).tobytes()
     for cut in (0, 10, len(whole) // 2, len(whole) - 300):
         replace_file(path, whole[:cut])
-        with pytest.raises(ValueError, match=r"part-0000-000000\.arrow is damaged .*Delete this file"):
+        with pytest.raises(ValueError, match=r"part-0000-000000-\w{8}\.arrow is damaged .*Delete this file"):
             TeacherStore(tmp_path)
     place = whole.index(value)
     replace_file(path, whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
     damaged = TeacherStore(tmp_path)
     damaged.read(np.array([-30]), 0)
-    with pytest.raises(ValueError, match=r"part-0000-000000\.arrow is damaged: the answer to example_id 47 is not what was written"):
+    with pytest.raises(ValueError, match=r"part-0000-000000-\w{8}\.arrow is damaged: the answer to example_id 47 is not what was written"):
         damaged.read(np.array([-30, 47]), 0)
     path.unlink()
     assert_equal(write(tmp_path), write(tmp_path.with_name("again")))
@@ -302,9 +309,151 @@ def test_images_padded_to_the_largest_of_a_batch_are_refused(tmp_path):
 
 
 def test_the_shard_says_what_is_wrong_with_its_columns(tmp_path):
+    store_id = write(tmp_path).manifest.store_id
+    path = shard_path(tmp_path)
+    with pytest.raises(ValueError, match="is damaged"):
+        Shard(path, [StoredSignal("logits", "example", (4,), "float32")], store_id)
+    with pytest.raises(ValueError, match="is damaged"):
+        Shard(path, [StoredSignal("pooled", "example", (3,), "float32")], store_id)
+    right = StoredSignal("logits", "example", (3,), "float32")
+    assert len(Shard(path, [right], store_id)) == 20
+    with pytest.raises(ValueError, match="was written with another manifest.json"):
+        Shard(path, [right], "another")
+
+
+def test_offsets_beyond_the_file_are_damage(tmp_path):
+    """They would be read as numbers of other columns, and are under no checksum until they are."""
+    write(tmp_path, plan=CapturePlan(hidden_states=frozenset([0])))
+    path, store = shard_path(tmp_path), TeacherStore(tmp_path)
+    offsets = store.shards[0]._columns["hidden_states.0"][2]
+    content, place = path.read_bytes(), path.read_bytes().index(offsets.tobytes())
+    changed = offsets.copy()
+    changed[3] = changed[-1] + 1000
+    replace_file(path, content[:place] + changed.tobytes() + content[place + offsets.nbytes :])
+    with pytest.raises(ValueError, match="is damaged"):
+        TeacherStore(tmp_path)
+
+
+def test_shards_belong_to_their_manifest(tmp_path):
+    """The same teacher, plan and numbers: only the number of the store tells that a shard came from elsewhere."""
+    write(tmp_path / "a")
+    write(tmp_path / "b", model=families.build("bert", 2, seed=7))
+    shard_path(tmp_path / "a").unlink()
+    shard_path(tmp_path / "b").rename(tmp_path / "a/data/part-0000-000000-00000000.arrow")
+    with pytest.raises(ValueError, match="was written with another manifest.json .* may be of another teacher"):
+        TeacherStore(tmp_path / "a")
+    write(tmp_path / "c")
+    (tmp_path / "c/manifest.json").unlink()
+    with pytest.raises(ValueError, match="holds answers and no manifest.json.*Delete the folder"):
+        write(tmp_path / "c")
+
+
+def test_a_manifest_is_made_once(tmp_path):
+    """Two runs that start at the same time both find no manifest; the second one must not replace the first one's."""
     write(tmp_path)
-    path = tmp_path / "data/part-0000-000000.arrow"
-    with pytest.raises(ValueError, match="is damaged"):
-        Shard(path, [StoredSignal("logits", "example", (4,), "float32")])
-    with pytest.raises(ValueError, match="is damaged"):
-        Shard(path, [StoredSignal("pooled", "example", (3,), "float32")])
+    manifest = store_format.Manifest.read(tmp_path)
+    before = (tmp_path / "manifest.json").read_bytes()
+    with pytest.raises(ValueError, match="has been made by another run at the same time"):
+        manifest.write(tmp_path, new=True)
+    assert (tmp_path / "manifest.json").read_bytes() == before and names(tmp_path) == ["part-0000-000000.arrow"]
+
+
+def test_two_runs_have_names_of_their_own(tmp_path):
+    """Both would look for a free number at the same time, find the same one, and the later shard would replace the other."""
+    write(tmp_path / "a", count=4)
+    (row,) = (path.read_bytes() for path in (tmp_path / "a/data").iterdir())
+    first, second = (store_writing._ShardWriter(tmp_path / "a", TeacherStore(tmp_path / "a").manifest, 0) for _ in range(2))
+    for number, writer in enumerate((first, second)):
+        writer.add(store_format.StoredRow(number, 0, 0, {"logits": np.zeros(3, np.float32)}))
+        writer.close()
+    assert row in (path.read_bytes() for path in (tmp_path / "a/data").iterdir())
+    assert len(TeacherStore(tmp_path / "a")) == 6
+
+
+def test_partials_of_running_processes_stay(tmp_path):
+    write(tmp_path)
+    machine, ended = store_files._MACHINE, subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    kept = [f".part.arrow.{machine}.{os.getppid()}.partial", f".part.arrow.00000000.{ended.pid}.partial"]
+    for name in (*kept, f".part.arrow.{machine}.{ended.pid}.partial"):
+        (tmp_path / "data" / name).write_text("")
+    write(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "data").glob(".*")) == sorted(kept)
+
+
+def test_another_head_is_refused(tmp_path):
+    model = families.build("gpt2", 1, head="LMHeadModel", vocab_size=len(tokenizer()))
+    store = store_teacher(tmp_path, model, corpus_rows(), CausalCollator(tokenizer()), progress=False)
+    other = {name: tensor + 1 for name, tensor in store.head.items()}
+    store_format.write_head(tmp_path, other["weight"], None)
+    with pytest.raises(ValueError, match="head.safetensors cannot be read .it is not the one that the manifest was written with"):
+        TeacherStore(tmp_path).head["weight"]
+
+
+def test_complete_counts_each_epoch(tmp_path):
+    """As many answers as there should be, but those of one epoch to other examples."""
+    model = families.build("bert", 1, head="MaskedLM", vocab_size=len(tokenizer()))
+    rows, collator = corpus_rows(), MaskingCollator(tokenizer(), 0.3, seed=3)
+    store = store_teacher(tmp_path, model, rows, collator, epochs=2, progress=False)
+    assert store.complete
+    known, places = store._index[1]
+    store._index[1] = (np.where(known == known[-1], known[-1] + 1, known), places)
+    assert len(store) == 24 and not store.complete
+
+
+def test_numbers_that_stand_twice_are_refused(tmp_path):
+    data = numbered_rows(4).to_list()
+    data[3]["example_id"] = data[1]["example_id"]
+    with pytest.raises(ValueError, match="1 rows have an 'example_id' that another row has too, such as -19"):
+        store_teacher(tmp_path / "a", bert(), type(numbered_rows()).from_list(data), lambda rows: pytest.fail("asked"), progress=False)
+
+
+def test_rows_are_read_once_for_their_numbers(tmp_path):
+    class Counted(torch.utils.data.Dataset):
+        def __init__(self):
+            self.read = 0
+
+        def __len__(self):
+            return 100
+
+        def __getitem__(self, i):
+            self.read += 1
+            return {"example_id": i, "input_ids": torch.tensor([1, 2])}
+
+    data = Counted()
+    assert store_keys.example_ids(data).tolist() == list(range(100)) and data.read == 101
+    data.read, seen = 0, []
+    columns = ["input_ids"]
+    collate_rows = lambda rows: seen.append(len(rows)) or {"input_ids": torch.stack([row["input_ids"] for row in rows])}  # noqa: E731
+    assert not store_keys.changes_with_the_epoch(data, collate_rows, columns)
+    assert seen == [64, 64, *[1] * 8]
+
+
+def test_a_collator_that_does_not_tell_its_epoch_is_refused(tmp_path):
+    class Forgetful:
+        def set_epoch(self, epoch):
+            pass
+
+        def __call__(self, rows):
+            return pytest.fail("asked")
+
+    with pytest.raises(ValueError, match="Forgetful has set_epoch and no attribute epoch"):
+        store_keys.changes_with_the_epoch(numbered_rows(), Forgetful(), ["input_ids"])
+
+
+def test_classes_that_the_student_lacks_are_cut_before_the_top_is_taken(tmp_path):
+    model = families.build("gpt2", 1, head="LMHeadModel", vocab_size=len(tokenizer()))
+    with torch.no_grad():
+        model.lm_head.weight[-3:] *= 20  # the largest logits of many rows
+    options = dict(logits="top_k", top_k=4, temperature=2.0, dtype="float32", progress=False)
+    shared = len(tokenizer()) - 3
+    store = store_teacher(tmp_path / "a", model, corpus_rows(), CausalCollator(tokenizer()), classes=shared, **options)
+    row = corpus_rows()[2]
+    with torch.no_grad():
+        logits = model(torch.tensor([row["input_ids"]])).logits[0]
+    assert (logits.argmax(1) >= shared).any()
+    (answer,) = store.read(np.array([row["example_id"]]), 0)
+    np.testing.assert_array_equal(answer["top_ids"].reshape(-1, 4), logits[:, :shared].topk(4).indices.numpy())
+    np.testing.assert_allclose(answer["top_logsumexp"], (logits[:, :shared] / 2).logsumexp(1).numpy(), rtol=1e-4)
+    with pytest.raises(ValueError, match=r"stored\.classes: stored \d+, now \d+"):
+        store_teacher(tmp_path / "a", model, corpus_rows(), CausalCollator(tokenizer()), **options)

@@ -50,21 +50,28 @@ def test_hidden_states_are_padded_again(dtype, tolerance, tmp_path):
 
 
 def test_left_padding(tmp_path):
-    stored = StoredTeacher(write(tmp_path, plan=CapturePlan(hidden_states=frozenset([1]))))
-    batch = batch_of(numbered_rows(), PLACES)
-    right = stored(batch, CapturePlan(hidden_states=frozenset([1])))
+    """It moves tokens to other positions, so answers to right padding are not its own; where its place is always the same it is stored."""
+    plan = CapturePlan(hidden_states=frozenset([1]))
+    stored = StoredTeacher(write(tmp_path / "right", plan=plan))
 
-    def left(batch_rows):
+    def left(batch_rows, length=9):
         padded = pad_without_number(batch_rows)
         for i, mask in enumerate(padded["attention_mask"].bool()):
             padded["input_ids"][i] = torch.cat([padded["input_ids"][i][~mask], padded["input_ids"][i][mask]])
-        return {**padded, "attention_mask": padded["attention_mask"].flip(1)}
+        padded["attention_mask"] = padded["attention_mask"].flip(1)
+        fixed = torch.nn.functional.pad
+        return {**padded, **{n: fixed(padded[n], (length - padded[n].size(1), 0)) for n in ("input_ids", "attention_mask")}}
 
     moved = batch_of(numbered_rows(), PLACES, left)
-    other = stored(moved, CapturePlan(hidden_states=frozenset([1])))
-    assert not torch.equal(moved["attention_mask"], batch["attention_mask"])
-    a, b = (s.hidden_states[1][m["attention_mask"].bool()] for s, m in ((right, batch), (other, moved)))
-    torch.testing.assert_close(a, b)
+    with pytest.raises(ValueError, match="was given to other inputs"):
+        stored(moved, plan)
+    own = StoredTeacher(store_teacher(tmp_path / "left", bert(), numbered_rows(), left, plan, dtype="float32", progress=False))
+    real = moved["attention_mask"].bool()
+    expected = FrozenTeacher(bert())(moved, plan).hidden_states[1][real]
+    torch.testing.assert_close(own(moved, plan).hidden_states[1][real], expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="depends on the other rows of its batch"):
+        longest = lambda rows: left(rows, max(len(row["input_ids"]) for row in rows))  # noqa: E731
+        store_teacher(tmp_path / "longest", bert(), numbered_rows(), longest, plan, progress=False)
 
 
 @pytest.mark.parametrize("kind", ["tokens", "spans"])
@@ -141,6 +148,9 @@ def test_positions_that_are_not_stored_are_refused(tmp_path):
     with pytest.raises(ValueError, match="has no logits for a position of example_id 7 that carries a loss now"):
         stored(batch, CapturePlan(), rows=torch.tensor([0]))
     assert batch["labels"][0, 0] == -100
+    whole = stored(batch, CapturePlan()).logits  # of all positions: there is no answer where none was stored, not one of zeros
+    there = batch["labels"] != -100
+    assert whole[there].isfinite().all() and whole[~there].isnan().all()
 
 
 def test_lost_mass_is_what_the_stored_classes_leave(tmp_path):
@@ -229,6 +239,10 @@ class FakeHub:
     def create_repo(self, repo_id, **options):
         self.calls.append((repo_id, options))
 
+    def upload_file(self, path_or_fileobj, path_in_repo, repo_id, **options):
+        (self.root / repo_id).mkdir(parents=True, exist_ok=True)
+        (self.root / repo_id / path_in_repo).write_bytes(path_or_fileobj)
+
     def upload_folder(self, repo_id, folder_path, allow_patterns, **options):
         for path in folder_path.rglob("*"):
             if path.is_file() and any(path.relative_to(folder_path).match(pattern) for pattern in allow_patterns):
@@ -237,8 +251,8 @@ class FakeHub:
                 shutil.copy(path, target)
         return "commit"
 
-    def snapshot_download(self, repo_id, repo_type, revision):
-        assert repo_type == "dataset"
+    def snapshot_download(self, repo_id, repo_type, revision, allow_patterns):
+        assert repo_type == "dataset" and allow_patterns == ["manifest.json", "head.safetensors", "data/*.arrow"]
         if not (self.root / repo_id).exists():
             raise OSError("404 Not Found")
         return str(self.root / repo_id)
@@ -257,17 +271,30 @@ def test_a_store_on_the_hub(tmp_path, monkeypatch):
     assert store.push_to_hub("ana/answers", private=True) == "commit"
     assert hub.calls == [("ana/answers", {"repo_type": "dataset", "private": True, "exist_ok": True})]
     files = {path.relative_to(hub.root / "ana/answers").as_posix() for path in (hub.root / "ana/answers").rglob("*") if path.is_file()}
-    assert files == {"README.md", "manifest.json", "data/part-0000-000000.arrow"}
+    shard = store.shards[0].path.name
+    assert files == {"README.md", "manifest.json", f"data/{shard}"} and not (tmp_path / "store/README.md").exists()
     for name in ("README.md", "manifest.json"):
         text = (hub.root / "ana/answers" / name).read_text()
         assert "/home" not in text and "teacher" in text
     assert DatasetCard.load(hub.root / "ana/answers/README.md").data.tags == ["hfdistill", "knowledge-distillation"]
     monkeypatch.chdir(tmp_path)
-    for name in ("hf://datasets/ana/answers", "ana/answers"):
-        batch = batch_of(numbered_rows(), PLACES)
-        torch.testing.assert_close(StoredTeacher(name)(batch, CapturePlan()).logits, StoredTeacher(store)(batch, CapturePlan()).logits)
+    name, batch = "hf://datasets/ana/answers", batch_of(numbered_rows(), PLACES)
+    torch.testing.assert_close(StoredTeacher(name)(batch, CapturePlan()).logits, StoredTeacher(store)(batch, CapturePlan()).logits)
     with pytest.raises(ValueError, match="'ana/nothing' is neither a folder with a stored teacher nor a data set on the Hub"):
-        TeacherStore("ana/nothing")
-    (tmp_path / "store/data/part-0000-000000.arrow").unlink()
+        TeacherStore("hf://datasets/ana/nothing")
+    with pytest.raises(ValueError, match="holds no stored teacher"):  # a folder, and never the Hub
+        TeacherStore("ana/answers")
+    with pytest.raises(ValueError, match="is called hf://datasets/user/name, got 'hf://ana/answers'"):
+        write("hf://ana/answers")
+    before = {path: path.stat().st_mtime_ns for path in hub.root.rglob("*")}
+    assert len(write(name, model=model)) == 20
+    (hub.root / "ana/answers/data" / shard).rename(tmp_path / shard)
+    with pytest.raises(ValueError, match="is on the Hub, where nothing is added to it, and has not all answers to 20 examples"):
+        write(name, model=model)
+    (tmp_path / shard).rename(hub.root / "ana/answers/data" / shard)
+    files = [path for path in before if path.is_file()]
+    assert {path: before[path] for path in files} == {path: path.stat().st_mtime_ns for path in hub.root.rglob("*") if path.is_file()}
+    assert not (tmp_path / "hf:").exists()
+    store.shards[0].path.unlink()
     with pytest.raises(ValueError, match="is not complete: others could not train from it"):
         TeacherStore(tmp_path / "store").push_to_hub("ana/half")
