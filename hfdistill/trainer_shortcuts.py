@@ -64,8 +64,9 @@ class TrainerShortcuts(Trainer):
 
     def _free_buffers(self) -> None:
         """Gives back what is kept from step to step."""
-        if self.objective.fused is not None:
-            self.objective.fused.scratch.clear()
+        fused = getattr(self.objective, "fused", None)  # a number while `hyperparameter_search` evaluates a trial
+        if fused is not None:
+            fused.scratch.clear()
 
     def _describe_head(self) -> str | None:
         """A line about the vocabulary of a language model, for who looks at the start of a run."""

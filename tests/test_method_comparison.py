@@ -38,10 +38,12 @@ from hfdistill.method_plots import plot_methods
 
 SHIPPED = ROOT / "recipes/methods/image_classification.yaml"
 METHODS = load_methods(SHIPPED)
-# Of tokens, of spans and of rows of candidates; soft targets of other problem types than one class an image.
+# Of tokens, of spans and of rows of candidates; soft targets of other problem types than one class an image; divergences that are
+# published for language models.
 NOT_FOR_IMAGES = {
     "hidden_mse", "normalized_hidden_mse", "hidden_moments", "cosine", "embedding_mse", "patient", "attention_score_mse", "attention_kl",
     "attention_mse", "relation_kl", "margin_mse", "binary_soft_targets", "regression_mse",
+    "reverse_kl", "jsd",
 }  # fmt: skip
 
 

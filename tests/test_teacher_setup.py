@@ -384,6 +384,7 @@ def same_gradients(family, tmp_path, **options):
         torch.testing.assert_close(flat(ours), flat(expected), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_compiled_teacher_gives_the_same_gradients(tmp_path, eager_backend):
     same_gradients("bert", tmp_path, per_device_train_batch_size=4, max_steps=2)
     assert eager_backend == [{}]

@@ -85,6 +85,7 @@ class MaskedForTheStudent(stored_runs.MaskingCollator):
         return {**batch, "teacher_input_ids": torch.where(labels == -100, batch["input_ids"], labels)}
 
 
+@pytest.mark.slow
 def test_masks_of_the_student_alone_are_new_in_each_epoch(tmp_path, monkeypatch, caplog):
     _, teacher, rows, _, _ = RUNS["masked_lm"]()
     own = MaskedForTheStudent(stored_runs.tokenizer(), 0.3, seed=3)
