@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 from contextlib import suppress
@@ -144,7 +145,8 @@ def test_pictures_have_a_panel_for_each_measurement(tmp_path):
 def test_the_script_as_a_user_calls_it(tmp_path):
     command = [sys.executable, "scripts/benchmark.py", "--size", "tiny", "--workloads", "W5", "--candidates", "bare,stock,fast,gkd"]
     options = ["--rounds", "1", "--threads", "1", "--folder", str(tmp_path), "--profile", "W5:fast", "--device", "cpu"]
-    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, env=None)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     path = next(tmp_path.glob("results_*_tiny.json"))
     found = json.loads(path.read_text())
