@@ -129,8 +129,7 @@ class DistillationTrainingArguments(TrainingArguments):
     teacher_quantization: str | None = _knob(
         None,
         "int8 stores the teacher's linear layers, but a vocabulary, as int8 weights (needs torchao), which are a quarter of the memory of "
-        "float32; what it changes is printed. It saves memory, not time: without torch.compile a forward pass on an AVX2 CPU takes twice "
-        "as long. Default: none.",
+        "float32; what it changes is printed. It saves memory; without torch.compile a forward pass on a CPU may be slower. Default: none.",
         choices=["int8"],
     )
     teacher_compile: bool = _knob(
@@ -178,8 +177,8 @@ class DistillationTrainingArguments(TrainingArguments):
     keep_memory_pages: bool = _knob(
         False,
         "On CPU with glibc: while training, freed memory is kept for the next step in place of being given back to the system (mallopt). "
-        "Of use where large tensors are made anew in every step, as all logits of a vocabulary are, which then takes half the time and "
-        "half as much memory again.",
+        "Of use where large tensors are made anew in every step, as all logits of a vocabulary are. It costs memory: freed pieces of the "
+        "wrong size are kept too.",
     )
     log_step_profile: bool = _knob(
         True, "Log milliseconds of data, student, teacher, loss, backward and optimizer, the throughput and the peak memory."

@@ -8,7 +8,7 @@ With `p = softmax(z / T)`, the derivatives of a row by the student's logits z ar
 * JSD, times T²: `T (1 - β) p_s (l - sum of p_s l)` with `l = log p_s - log m`,
 * top k, times T²: `T (p_s - p_t)` at the k classes, `T p_s (1 - tail_t / tail_s)` at the others.
 
-Logits come times `log2(e)`, so that softmax is `2^u / sum of 2^u`: powers of 2 take half the time of those of e.
+Logits come times `log2(e)`, so that softmax is `2^u / sum of 2^u`: powers of 2 are cheaper than those of e.
 """
 
 from __future__ import annotations
